@@ -1,0 +1,180 @@
+"""Population statistics: slots, the count-weighted merge, inheritance between slots, phantom rows.
+
+A *slot* holds the statistics of one time step: mean and biased variance of every column, and the number of rows they
+stand on. Memory of a slot is measured in rows, so a step that saw one row counts for one row. All functions are pure.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .packing import Packing
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance of rows, per slot or per step, and how many rows there were.
+
+    Shapes: mean [S, C], var [S, C], count [S] (float64: a discounted count is not a whole number).
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+
+class Statistics(NamedTuple):
+    """Population statistics of one layer and direction, or the moments of one batch for it.
+
+    ih: of W_x x, [S, 4H] per slot, or [1, 4H] with input_stats="sequence". hh: of W_h h, [S, 4H].
+    c: of the cell state, [S, H], or None without cell_norm. rows: 0-d float64, rows B of the last training step.
+    """
+
+    ih: Moments
+    hh: Moments
+    c: Moments | None
+    rows: Tensor
+
+
+class Population(NamedTuple):
+    """What normalisation takes from the population, step by step.
+
+    ih, hh, c: resolved slots of the steps, (mean, var) each [T, C] ([1, C] for ih over sequences).
+    weight: [T] share n/(n+κ) of the batch's own rows in what is used. None: no own rows, statistics are constants.
+    """
+
+    ih: tuple[Tensor, Tensor]
+    hh: tuple[Tensor, Tensor]
+    c: tuple[Tensor, Tensor] | None
+    weight: Tensor | None
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Moments of a's and b's rows together, slot by slot (Chan's formula: nothing is squared before it is centred)."""
+    count = a.count + b.count
+    share = torch.where(count > 0, b.count / count.clamp_min(torch.finfo(count.dtype).tiny), 0)
+    share = share.to(a.mean.dtype)[:, None]
+    mean = (1 - share) * a.mean + share * b.mean
+    var = (1 - share) * a.var + share * b.var + share * (1 - share) * (b.mean - a.mean).square()
+    return Moments(mean, var, count)
+
+
+def pool(moments: Moments) -> Moments:
+    """All slots' rows as the rows of one slot, [1, C]."""
+    count = moments.count.sum(0, keepdim=True)
+    share = (moments.count / count.clamp_min(1)).to(moments.mean.dtype)[:, None]
+    mean = (share * moments.mean).sum(0, keepdim=True)
+    var = (share * (moments.var + (moments.mean - mean).square())).sum(0, keepdim=True)
+    return Moments(mean, var, count)
+
+
+def slots_of_steps(steps: Moments, start: int, slots: int) -> tuple[int, Moments]:
+    """Rows of steps start, start+1, … as rows of slots: (first slot, moments of the consecutive slots from there).
+
+    All steps from the last slot on are pooled: together they are that slot's rows.
+    """
+    first = min(start, slots - 1)
+    own = slots - 1 - first
+    if steps.mean.shape[0] <= own + 1:
+        return first, steps
+    head, tail = Moments(*(s[:own] for s in steps)), pool(Moments(*(s[own:] for s in steps)))
+    return first, Moments(*(torch.cat(pair) for pair in zip(head, tail, strict=True)))
+
+
+def update(slots: Moments, batch: Moments, momentum: float | None, rows: int) -> Moments:
+    """One training step's merge into the same slots.
+
+    What a slot knew is discounted by ρ = (1 − momentum)^min(1, n/rows) before it takes the n new rows, so its memory is
+    about rows/momentum rows long. momentum=None never forgets.
+    """
+    count = slots.count
+    if momentum is not None:
+        count = count * (1 - momentum) ** (batch.count / rows).clamp_max(1)
+    return merge(Moments(slots.mean, slots.var, count), batch)
+
+
+def _scan(factor: Tensor, offset: Tensor) -> Tensor:
+    """y_t = factor_t · y_{t−1} + offset_t along dimension 0, with y_{−1} = 0, in log2(S) passes over [S, C]."""
+    step = 1
+    while step < offset.shape[0]:
+        offset = torch.cat([offset[:step], offset[step:] + factor[step:] * offset[:-step]])
+        factor = torch.cat([factor[:step], factor[step:] * factor[:-step]])
+        step *= 2
+    return offset
+
+
+def resolve(slots: Moments, rows: Tensor) -> Moments:
+    """The statistics that are used: rows that a slot lacks against slot 0 are inherited from its predecessor.
+
+    resolved_0 = slot_0; resolved_t = merge(slot_t, resolved_{t−1} with min(max(N_0 − N_t, 0), rows) rows). A slot never
+    seen is its predecessor. `count` is the number of rows that this stands on, inherited ones included.
+    """
+    inherited = (slots.count[0] - slots.count).clamp_min(0).minimum(rows)
+    count = slots.count + inherited
+    keep = torch.where(count > 0, slots.count / count.clamp_min(torch.finfo(count.dtype).tiny), 0)
+    first = torch.arange(keep.shape[0], device=keep.device) == 0
+    keep = torch.where(first, 1, keep).to(slots.mean.dtype)[:, None]
+    mean = _scan(1 - keep, keep * slots.mean)
+    predecessor = torch.cat([mean[:1], mean[:-1]])
+    # every term is a variance or a squared distance: no difference of squares
+    var = _scan(1 - keep, keep * slots.var + keep * (1 - keep) * (slots.mean - predecessor).square())
+    return Moments(mean, var, count)
+
+
+def resolve_statistics(statistics: Statistics) -> Statistics:
+    """`resolve` for each of the norms; statistics over whole sequences have one slot and are what they are."""
+    rows = statistics.rows
+    cell = None if statistics.c is None else resolve(statistics.c, rows)
+    return Statistics(resolve(statistics.ih, rows), resolve(statistics.hh, rows), cell, rows)
+
+
+def _at_steps(resolved: Moments, start: int, steps: int) -> tuple[Tensor, Tensor]:
+    """(mean, var) of the slots of steps start..start+steps−1, each [steps, C]; the last slot serves all later steps."""
+    slots = resolved.mean.shape[0]
+    if start + steps <= slots:
+        return resolved.mean[start : start + steps], resolved.var[start : start + steps]
+    index = torch.arange(start, start + steps, device=resolved.mean.device).clamp_max(slots - 1)
+    return resolved.mean.index_select(0, index), resolved.var.index_select(0, index)
+
+
+def population_at_steps(resolved: Statistics, start: int, steps: int, weight: Tensor | None, over_time: bool) -> Population:
+    """Resolved slots laid out by step. `over_time`: ih has a slot per step too (input_stats="time")."""
+    return Population(
+        ih=_at_steps(resolved.ih, start, steps) if over_time else (resolved.ih.mean, resolved.ih.var),
+        hh=_at_steps(resolved.hh, start, steps),
+        c=None if resolved.c is None else _at_steps(resolved.c, start, steps),
+        weight=weight,
+    )
+
+
+def phantom_rows(statistics: Statistics, packing: Packing, prior_count: float | None) -> Tensor:
+    """κ [T] float64: phantom rows in the seats that finished sequences left, at most what the population has seen."""
+    kappa = (packing.batch - packing.count).minimum(statistics.hh.count[0])
+    return kappa if prior_count is None else kappa.clamp_max(prior_count)
+
+
+def training_population(
+    statistics: Statistics, packing: Packing, start: int, prior_count: float | None, over_time: bool
+) -> Population | None:
+    """Phantom rows for a training batch, from the statistics as they are now; None where no seat is ever vacated."""
+    if packing.equal:
+        return None
+    kappa = phantom_rows(statistics, packing, prior_count)
+    count = packing.count
+    weight = count / (count + kappa).clamp_min(1)
+    steps = len(packing.sizes)
+    resolved = resolve_statistics(_first_slots(statistics, start + steps))
+    return population_at_steps(resolved, start, steps, weight, over_time)
+
+
+def _first_slots(statistics: Statistics, slots: int) -> Statistics:
+    """Only the slots that a resolved slot before `slots` depends on: a long population is not scanned for a short batch."""
+
+
+    def head(m: Moments) -> Moments:
+        return Moments(m.mean[:slots], m.var[:slots], m.count[:slots])
+
+    ih, hh, c, rows = statistics
+    return Statistics(head(ih), head(hh), None if c is None else head(c), rows)
