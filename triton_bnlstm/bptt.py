@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import BatchMoments, Parameters, Problem, Saved, Used, accumulation_dtype
+from .reference import Parameters, Problem, Saved, Used, accumulation_dtype
+from .statistics import Statistics
 
 # Rows whose pre-activation gradients are held at once: enough for an efficient weight-gradient GEMM, few enough for
 # them to stay in a CPU's cache.
@@ -87,7 +88,8 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor, Tensor, Parameters]:
     """Gradients of x, h_0, c_0 and the parameters.
 
-    result: output rows [R, H], W_x x [R, 4H] and the statistics that normalised it. gradients: of output rows, h_n, c_n.
+    result: output rows [R, H], W_x x [R, 4H] and the statistics that normalised it.
+    gradients: of output rows, h_n, c_n.
     """
     packing, sizes = problem.packing, problem.packing.sizes
     p = parameters
@@ -99,9 +101,7 @@ def _backward(
     gamma_c, beta_c = (None if s is None else s.to(wide) for s in (p.gamma_c, p.beta_c))
     inverses = _inverse_counts(problem, wide)
     masks = None if packing.mask is None else packing.mask.split(sizes)
-    mean_x, rstd_x, scale_x = (
-        s.expand(steps, -1).unbind() for s in (used.mean, used.rstd, gamma_ih * used.rstd)
-    )
+    mean_x, rstd_x, scale_x = (s.expand(steps, -1).unbind() for s in (used.mean, used.rstd, gamma_ih * used.rstd))
     h_rows, z_x_rows, d_rows = rows.split(sizes), z_x.split(sizes), gradients[0].to(wide).split(sizes)
 
     d_weight_ih, d_weight_hh = (torch.zeros_like(w, dtype=wide) for w in (p.weight_ih, p.weight_hh))
@@ -121,9 +121,7 @@ def _backward(
     for first, last in blocks:
         held = sum(sizes[first:last])
         begin = end - held
-        d_a_block, d_z_block, d_z_x_block = (
-            s[:held] for s in (gates_of_block, d_z_of_block, d_z_x_of_block)
-        )
+        d_a_block, d_z_block, d_z_x_block = (s[:held] for s in (gates_of_block, d_z_of_block, d_z_x_of_block))
         d_as, d_zs, d_zs_x = (s.split(sizes[first:last]) for s in (d_a_block, d_z_block, d_z_x_block))
         for t in reversed(range(first, last)):
             n, step, inverse = sizes[t], saved[t], inverses[t]
@@ -138,7 +136,7 @@ def _backward(
                 d_h_new, d_c_new = d_h_new * mask, d_c * mask
 
             d_squashed = d_h_new * o
-            if gamma_c is None:
+            if gamma_c is None or beta_c is None:
                 squashed = step.c.tanh()
                 d_c_new = d_c_new + _tanh_backward(d_squashed, squashed, grad_input=d_squashed)
             else:
@@ -166,9 +164,7 @@ def _backward(
             d_gamma_hh += sum_da_z
             if not by_sequence:
                 deviation, d_z_x = z_x_rows[t] - mean_x[t], d_zs_x[t - first]
-                _, sum_da_z = _norm_backward(
-                    d_a, deviation, scale_x[t], rstd_x[t], inverse, mask, d_z_x, sum_da
-                )
+                _, sum_da_z = _norm_backward(d_a, deviation, scale_x[t], rstd_x[t], inverse, mask, d_z_x, sum_da)
                 d_gamma_ih += sum_da_z
 
             d_h_old, d_c_old = (d_z.to(dtype) @ p.weight_hh).to(wide), d_c_new * f
@@ -205,13 +201,11 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, problem: Problem, moments: list[BatchMoments | None], *inputs: Tensor | None
+        ctx: Any, problem: Problem, moments: list[Statistics | None], *inputs: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x, h, c = cast(tuple[Tensor, Tensor, Tensor], inputs[:3])
         saved: list[Saved] = []
-        rows, h_n, c_n, own, z_x, used = reference.forward(
-            x, h, c, Parameters(*inputs[3:]), problem, saved  # type: ignore[arg-type]
-        )
+        parameters = Parameters(*inputs[3:])
+        rows, h_n, c_n, own, z_x, used = reference.forward(*inputs[:3], parameters, problem, saved)
         moments.append(own)
         flat = [tensor for step in saved for tensor in step]
         ctx.problem = problem
@@ -219,49 +213,37 @@ class _Layer(torch.autograd.Function):
         return rows, h_n, c_n
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        tensors: tuple[Tensor | None, ...] = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        tensors: tuple[Any, ...] = ctx.saved_tensors
         inputs, results, flat = tensors[:10], tensors[10:14], tensors[14:]
         needed: tuple[bool, ...] = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             return None, None, *_differentiable_backward(inputs, ctx.problem, gradients, needed)
-        x, h, c = cast(tuple[Tensor, Tensor, Tensor], inputs[:3])
-        rows, z_x, mean, rstd = cast(tuple[Tensor, Tensor, Tensor, Tensor], results)
+        rows, z_x, mean, rstd = results
         width = len(Saved._fields)
-        saved = [Saved(*flat[k : k + width]) for k in range(0, len(flat), width)]  # type: ignore[arg-type]
+        saved = [Saved(*flat[k : k + width]) for k in range(0, len(flat), width)]
+        parameters, result = Parameters(*inputs[3:]), (rows, z_x, Used(mean, rstd))
         d_x, d_h, d_c, d_parameters = _backward(
-            x,
-            h,
-            c,
-            Parameters(*inputs[3:]),  # type: ignore[arg-type]
-            ctx.problem,
-            (rows, z_x, Used(mean, rstd)),
-            saved,
-            cast(tuple[Tensor, Tensor, Tensor], gradients),
-            needed[0],
+            *inputs[:3], parameters, ctx.problem, result, saved, gradients, needed[0]
         )
         return None, None, d_x, d_h, d_c, *d_parameters
 
 
 def _differentiable_backward(
-    inputs: tuple[Tensor | None, ...],
-    problem: Problem,
-    gradients: tuple[Tensor, ...],
-    needed: tuple[bool, ...],
+    inputs: tuple[Any, ...], problem: Problem, gradients: tuple[Tensor, ...], needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """The same gradients with a graph of their own, from `reference.forward` run again."""
     # a view each, so that one tensor in two places gets its two gradients apart
     views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-    x, h, c = cast(list[Tensor], views[:3])
-    outputs = reference.forward(x, h, c, Parameters(*views[3:]), problem)[:3]  # type: ignore[arg-type]
-    wanted = [cast(Tensor, view) for view, need in zip(views, needed, strict=True) if need]
+    outputs = reference.forward(*views[:3], Parameters(*views[3:]), problem)[:3]
+    wanted = [view for view, need in zip(views, needed, strict=True) if need]
     found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needed]
 
 
 def layer(
     x: Tensor, h: Tensor, c: Tensor, parameters: Parameters, problem: Problem
-) -> tuple[Tensor, Tensor, Tensor, BatchMoments | None]:
+) -> tuple[Tensor, Tensor, Tensor, Statistics | None]:
     """One layer and direction over rows: output rows [R, H], h_n and c_n [B, H], the batch's moments (None if frozen).
 
     Args:
@@ -272,10 +254,8 @@ def layer(
     """
     c_wide = c.to(accumulation_dtype(parameters.weight_hh.dtype))
     if torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in (x, h, c, *parameters)):
-        holder: list[BatchMoments | None] = []
-        rows, h_n, c_n = cast(
-            tuple[Tensor, Tensor, Tensor], _Layer.apply(problem, holder, x, h, c_wide, *parameters)
-        )
+        holder: list[Statistics | None] = []
+        rows, h_n, c_n = cast(tuple[Tensor, Tensor, Tensor], _Layer.apply(problem, holder, x, h, c_wide, *parameters))
         moments = holder[0]
     else:
         rows, h_n, c_n, moments, _, _ = reference.forward(x, h, c_wide, parameters, problem)

@@ -134,7 +134,7 @@ class Packing:
         return flat if self.index is None else flat.index_select(0, self.index)
 
     def unpack(self, rows: Tensor) -> Tensor:
-        """rows [R, ·] → [T, B, ·], zero where there is no row."""
+        """Rows [R, ·] → [T, B, ·], zero where there is no row."""
         if self.index is not None:
             flat = rows.new_zeros(self.steps * self.batch, rows.shape[1])
             rows = flat.index_copy(0, self.index, rows)

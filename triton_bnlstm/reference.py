@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .packing import Packing
-from .statistics import Moments, Population
+from .statistics import Moments, Population, Statistics
 
 # Rows of the input side that are looked at together, of all steps at once.
 _BLOCK_ROWS = 1024
@@ -40,6 +40,13 @@ class Parameters(NamedTuple):
     beta_c: Tensor | None = None
 
 
+def update_cell(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Pre-activation a [n, 4H] and cell state [n, H] → gates i, f, g, o and the new cell state, each [n, H]."""
+    i, f, g, o = a.chunk(4, 1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    return i, f, g, o, torch.addcmul(f * c, i, g)
+
+
 class Problem(NamedTuple):
     """All that a layer needs besides tensors with gradients.
 
@@ -56,14 +63,6 @@ class Problem(NamedTuple):
     def frozen(self) -> bool:
         """Statistics are constants of the population: nothing is computed from the rows."""
         return self.population is not None and self.population.weight is None
-
-
-class BatchMoments(NamedTuple):
-    """Moments of a batch: ih [T, 4H] ([1, 4H] over sequences), hh [T, 4H], c [T, H] or None."""
-
-    ih: Moments
-    hh: Moments
-    c: Moments | None
 
 
 class Used(NamedTuple):
@@ -92,7 +91,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _moments(
+def moments_of_rows(
     z: Tensor, mask: Tensor | None, count: Tensor | float, dim: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance over `dim`, and the deviations z − mean that the variance is made of.
@@ -108,9 +107,7 @@ def _moments(
     return mean, (deviation * mask).square().sum(dim) / count, deviation
 
 
-def _fill_seats(
-    mean: Tensor, var: Tensor, population: tuple[Tensor, Tensor], weight: Tensor
-) -> tuple[Tensor, Tensor]:
+def _fill_seats(mean: Tensor, var: Tensor, population: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
     """Moments of the batch's rows and the phantom rows together; `weight` is the batch's share of them."""
     gap = mean - population[0]
     mixed = weight * var + (1 - weight) * population[1] + weight * (1 - weight) * gap.square()
@@ -122,11 +119,11 @@ def _input_moments(z: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     packing = problem.packing
     count = packing.count.to(z.dtype)
     if not problem.over_time:
-        mean, var, _ = _moments(z, packing.mask, count.sum())
+        mean, var, _ = moments_of_rows(z, packing.mask, count.sum())
         return mean[None], var[None]
     batch, columns = packing.batch, z.shape[1]
     if packing.sizes[-1] != batch:  # ragged: steps differ in their number of rows
-        found = [_moments(part, None, 1.0) for part in z.split(packing.sizes)]
+        found = [moments_of_rows(part, None, 1.0) for part in z.split(packing.sizes)]
         return torch.stack([mean for mean, _, _ in found]), torch.stack([var for _, var, _ in found])
     # A few steps at a time: temporaries as large as z itself cost more than the arithmetic.
     together = max(1, _BLOCK_ROWS // batch)
@@ -135,7 +132,7 @@ def _input_moments(z: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     masks: Sequence[Tensor | None] = [None] * len(blocks)
     if packing.mask is not None:
         masks = packing.mask.view(-1, batch, 1).split(together)
-    found = [_moments(z, mask, n, dim=1) for z, mask, n in zip(blocks, masks, counts, strict=True)]
+    found = [moments_of_rows(z, mask, n, dim=1) for z, mask, n in zip(blocks, masks, counts, strict=True)]
     return torch.cat([mean for mean, _, _ in found]), torch.cat([var for _, var, _ in found])
 
 
@@ -179,7 +176,7 @@ class _StepNorm:
         if self.frozen:
             mean, var = self.population[t]
             return z - mean, (var + eps).rsqrt()
-        mean, var, deviation = _moments(z, mask, self.count[t])
+        mean, var, deviation = moments_of_rows(z, mask, self.count[t])
         self.means.append(mean.detach())
         self.vars.append(var.detach())
         if mask is not None or z.shape[0] < self.problem.packing.batch:
@@ -193,8 +190,13 @@ class _StepNorm:
 
 
 def forward(
-    x: Tensor, h: Tensor, c: Tensor, parameters: Parameters, problem: Problem, saved: list[Saved] | None = None
-) -> tuple[Tensor, Tensor, Tensor, BatchMoments | None, Tensor, Used]:
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    parameters: Parameters,
+    problem: Problem,
+    saved: list[Saved] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Statistics | None, Tensor, Used]:
     """Equations (6)–(8) of Cooijmans et al. over all rows.
 
     Args:
@@ -235,9 +237,7 @@ def forward(
 
         deviation, rstd = norm_hh(t, F.linear(h, weight_hh).to(wide), mask)
         a = torch.addcmul(shifts[t], z_t, scales[t]).addcmul_(deviation, gamma_hh * rstd)  # [n, 4H]
-        i, f, g, o = a.chunk(4, 1)
-        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        c_new = torch.addcmul(f * c, i, g)
+        i, f, g, o, c_new = update_cell(a, c)
         if norm_c is None:
             c_deviation = c_rstd = None
             h_new = o * c_new.tanh()
@@ -259,6 +259,6 @@ def forward(
     h_n, c_n = torch.cat([h, *reversed(finished_h)]), torch.cat([c, *reversed(finished_c)])
     moments = None
     if own_ih is not None:
-        moments = BatchMoments(own_ih, norm_hh.moments(), None if norm_c is None else norm_c.moments())
+        seats = packing.count.new_tensor(packing.batch)
+        moments = Statistics(own_ih, norm_hh.moments(), None if norm_c is None else norm_c.moments(), seats)
     return torch.cat(outputs), h_n, c_n, moments, z_x, used
-

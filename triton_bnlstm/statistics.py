@@ -22,7 +22,11 @@ class Moments(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody asks of three tensors
+
+    def clone(self) -> Moments:
+        """Copies of the three tensors."""
+        return Moments(self.mean.clone(), self.var.clone(), self.count.clone())
 
 
 class Statistics(NamedTuple):
@@ -36,6 +40,33 @@ class Statistics(NamedTuple):
     hh: Moments
     c: Moments | None
     rows: Tensor
+
+    @classmethod
+    def unseen(
+        cls,
+        slots: int,
+        hidden_size: int,
+        *,
+        cell_norm: bool = False,
+        input_stats: str = "time",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Statistics:
+        """Statistics of a layer that has seen nothing: mean 0, variance 1, no rows."""
+
+        def blank(length: int, columns: int) -> Moments:
+            return Moments(
+                torch.zeros(length, columns, dtype=dtype, device=device),
+                torch.ones(length, columns, dtype=dtype, device=device),
+                torch.zeros(length, dtype=torch.float64, device=device),
+            )
+
+        return cls(
+            ih=blank(slots if input_stats == "time" else 1, 4 * hidden_size),
+            hh=blank(slots, 4 * hidden_size),
+            c=blank(slots, hidden_size) if cell_norm else None,
+            rows=torch.zeros((), dtype=torch.float64, device=device),
+        )
 
 
 class Population(NamedTuple):
@@ -83,16 +114,57 @@ def slots_of_steps(steps: Moments, start: int, slots: int) -> tuple[int, Moments
     return first, Moments(*(torch.cat(pair) for pair in zip(head, tail, strict=True)))
 
 
-def update(slots: Moments, batch: Moments, momentum: float | None, rows: int) -> Moments:
-    """One training step's merge into the same slots.
-
-    What a slot knew is discounted by ρ = (1 − momentum)^min(1, n/rows) before it takes the n new rows, so its memory is
-    about rows/momentum rows long. momentum=None never forgets.
-    """
-    count = slots.count
+def _update_slots(
+    slots: Moments, steps: Moments, start: int, momentum: float | None, rows: Tensor, finite: Tensor
+) -> None:
+    """One training step's merge into one norm's slots, in place."""
+    first, batch = slots_of_steps(steps, start, slots.mean.shape[0])
+    known = Moments(*(s[first : first + batch.mean.shape[0]] for s in slots))
+    count = known.count
     if momentum is not None:
         count = count * (1 - momentum) ** (batch.count / rows).clamp_max(1)
-    return merge(Moments(slots.mean, slots.var, count), batch)
+    merged = merge(Moments(known.mean, known.var, count), batch)
+    for old, new in zip(known, merged, strict=True):
+        old.copy_(torch.where(finite, new, old))
+
+
+@torch.no_grad()
+def update_statistics_(
+    statistics: Statistics, moments: Statistics, start: int, momentum: float | None, finite: Tensor
+) -> None:
+    """`update_statistics` in place; `finite` is a 0-d bool on the device, and where it is false nothing changes."""
+    _update_slots(statistics.ih, moments.ih, start, momentum, moments.rows, finite)
+    _update_slots(statistics.hh, moments.hh, start, momentum, moments.rows, finite)
+    if statistics.c is not None and moments.c is not None:
+        _update_slots(statistics.c, moments.c, start, momentum, moments.rows, finite)
+    statistics.rows.copy_(torch.where(finite, moments.rows, statistics.rows))
+
+
+def update_statistics(
+    statistics: Statistics, moments: Statistics, *, start: int = 0, momentum: float | None = 0.1
+) -> Statistics:
+    """Population statistics after a training step, from those before it and the moments that `bn_lstm` returned.
+
+    What a slot knew is discounted by ρ = (1 − momentum)^min(1, n/B) before it takes the n rows that it saw, in one
+    merge, so its memory is about B/momentum rows long; momentum=None never forgets. Steps from the last slot on are
+    pooled: together they are that slot's rows. Moments that are not finite leave everything as it was.
+
+    Args:
+        statistics: S slots.
+        moments: of T steps.
+        start: slot of the first step.
+        momentum: weight of a full batch against what is known, in (0, 1]; None: all rows ever seen weigh the same.
+    """
+    ih, hh, c, rows = statistics
+    copy = Statistics(ih.clone(), hh.clone(), None if c is None else c.clone(), rows.clone())
+    update_statistics_(copy, moments, start, momentum, all_finite(moments))
+    return copy
+
+
+def all_finite(moments: Statistics) -> Tensor:
+    """0-d bool: every mean and variance is finite. Stays on the device."""
+    norms = [m for m in moments[:3] if m is not None]
+    return torch.stack([s.isfinite().all() for m in norms for s in (m.mean, m.var)]).all()
 
 
 def _scan(factor: Tensor, offset: Tensor) -> Tensor:
@@ -130,6 +202,12 @@ def resolve_statistics(statistics: Statistics) -> Statistics:
     return Statistics(resolve(statistics.ih, rows), resolve(statistics.hh, rows), cell, rows)
 
 
+def inherit(slot: Moments, predecessor: Moments, first_count: Tensor, rows: Tensor) -> Moments:
+    """One step of the recursion in `resolve`: a slot that has been seen, and its resolved predecessor."""
+    inherited = (first_count - slot.count).clamp_min(0).minimum(rows)
+    return merge(slot, Moments(predecessor.mean, predecessor.var, inherited))
+
+
 def _at_steps(resolved: Moments, start: int, steps: int) -> tuple[Tensor, Tensor]:
     """(mean, var) of the slots of steps start..start+steps−1, each [steps, C]; the last slot serves all later steps."""
     slots = resolved.mean.shape[0]
@@ -139,7 +217,9 @@ def _at_steps(resolved: Moments, start: int, steps: int) -> tuple[Tensor, Tensor
     return resolved.mean.index_select(0, index), resolved.var.index_select(0, index)
 
 
-def population_at_steps(resolved: Statistics, start: int, steps: int, weight: Tensor | None, over_time: bool) -> Population:
+def population_at_steps(
+    resolved: Statistics, start: int, steps: int, weight: Tensor | None, over_time: bool
+) -> Population:
     """Resolved slots laid out by step. `over_time`: ih has a slot per step too (input_stats="time")."""
     return Population(
         ih=_at_steps(resolved.ih, start, steps) if over_time else (resolved.ih.mean, resolved.ih.var),
@@ -170,8 +250,7 @@ def training_population(
 
 
 def _first_slots(statistics: Statistics, slots: int) -> Statistics:
-    """Only the slots that a resolved slot before `slots` depends on: a long population is not scanned for a short batch."""
-
+    """The slots that a short batch depends on: a long population need not be scanned for it."""
 
     def head(m: Moments) -> Moments:
         return Moments(m.mean[:slots], m.var[:slots], m.count[:slots])

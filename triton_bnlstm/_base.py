@@ -1,0 +1,433 @@
+"""What the layer and the cell share: parameters, statistics as buffers, and one pass over all layers and directions."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checks, functional
+from .backend import BACKENDS
+from .packing import Packing
+from .reference import Parameters, Problem, accumulation_dtype
+from .statistics import (
+    Moments,
+    Population,
+    Statistics,
+    all_finite,
+    pool,
+    population_at_steps,
+    resolve_statistics,
+    training_population,
+    update_statistics_,
+)
+
+RECURRENT_INITS = ("orthogonal", "identity")
+States = tuple[Tensor, Tensor]
+
+
+class Pass(NamedTuple):
+    """What one pass over all layers gives.
+
+    rows [R, directions·H]; h_n and c_n [layers·directions, B, H] in the order of the rows; each direction's moments
+    (None in evaluation).
+    """
+
+    rows: Tensor
+    h_n: Tensor
+    c_n: Tensor
+    moments: list[Statistics | None]
+
+
+class _Call:
+    """What a training forward took from the population, for as long as its graph lives.
+
+    A checkpoint runs a forward again during the backward, when the statistics have moved on; it has to normalise as
+    the first run did.
+    """
+
+    def __init__(self, fingerprint: Tensor, populations: list[Population | None]) -> None:
+        self.fingerprint = fingerprint
+        self.populations = populations
+
+
+def _in_backward() -> bool:
+    """True inside the autograd engine: a forward that runs there is a recomputation."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class BNLSTMBase(nn.Module):
+    """Parameters and population statistics of stacked batch-normalised LSTM layers; see `BNLSTM`."""
+
+    rows: Tensor
+    _skipped_steps: Tensor
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        suffixes: list[list[str]],
+        *,
+        bias: bool,
+        max_length: int,
+        cell_norm: bool,
+        input_stats: str,
+        prior_count: float | None,
+        gamma_init: float,
+        eps: float,
+        momentum: float | None,
+        recurrent_init: str,
+        forget_bias: float,
+        initial_noise: float,
+        backend: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.input_size = checks.integer("input_size", input_size, 1)
+        self.hidden_size = checks.integer("hidden_size", hidden_size, 1)
+        self.bias = checks.flag("bias", bias)
+        self.max_length = checks.integer("max_length", max_length, 1)
+        self.cell_norm = checks.flag("cell_norm", cell_norm)
+        self.input_stats = checks.choice("input_stats", input_stats, functional.INPUT_STATS)
+        self.prior_count = None if prior_count is None else checks.real("prior_count", prior_count, minimum=0)
+        self.gamma_init = checks.real("gamma_init", gamma_init)
+        self.eps = checks.real("eps", eps, above=0)
+        self.momentum = None if momentum is None else checks.real("momentum", momentum, above=0, maximum=1)
+        self.recurrent_init = checks.choice("recurrent_init", recurrent_init, RECURRENT_INITS)
+        self.forget_bias = checks.real("forget_bias", forget_bias)
+        self.initial_noise = checks.real("initial_noise", initial_noise, minimum=0)
+        self.backend = checks.choice("backend", backend, BACKENDS)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating dtype, got {dtype}")
+        self.dropout = 0.0
+        self._suffixes = suffixes
+
+        weight = torch.empty(0, device=device, dtype=dtype)
+        for k, directions in enumerate(suffixes):
+            width = self.input_size if k == 0 else self.hidden_size * len(directions)
+            for suffix in directions:
+                self._register(suffix, width, weight)
+        self.register_buffer("rows", torch.zeros((), dtype=torch.float64, device=weight.device))
+        self.register_buffer(
+            "_skipped_steps", torch.zeros((), dtype=torch.int64, device=weight.device), persistent=False
+        )
+        self._forget_the_moment()
+        self.reset_parameters()
+
+    # Parameters and buffers
+
+    def _register(self, suffix: str, width: int, like: Tensor) -> None:
+        columns, hidden = 4 * self.hidden_size, self.hidden_size
+        shapes: dict[str, tuple[int, ...] | None] = {
+            "weight_ih": (columns, width),
+            "weight_hh": (columns, hidden),
+            "bias": (columns,) if self.bias else None,
+            "gamma_ih": (columns,),
+            "gamma_hh": (columns,),
+            "gamma_c": (hidden,) if self.cell_norm else None,
+            "beta_c": (hidden,) if self.cell_norm else None,
+        }
+        for name, shape in shapes.items():
+            parameter = None if shape is None else nn.Parameter(like.new_empty(shape))
+            # gamma_c and beta_c belong to an option, bias is nn.LSTM's: only that one is there as None when off
+            if parameter is not None or name == "bias":
+                self.register_parameter(name + suffix, parameter)
+        unseen = Statistics.unseen(
+            self.max_length,
+            hidden,
+            cell_norm=self.cell_norm,
+            input_stats=self.input_stats,
+            dtype=accumulation_dtype(like.dtype),
+            device=like.device,
+        )
+        for norm, moments in (("ih", unseen.ih), ("hh", unseen.hh), ("c", unseen.c)):
+            if moments is not None:
+                for name, value in zip(Moments._fields, moments, strict=True):
+                    self.register_buffer(f"{name}_{norm}{suffix}", value)
+
+    def _all_suffixes(self) -> list[str]:
+        return [suffix for directions in self._suffixes for suffix in directions]
+
+    def _parameters_of(self, suffix: str) -> Parameters:
+        """Through getattr, so that a parametrised or functionally replaced weight is what is used."""
+        found: list[Any] = [getattr(self, name + suffix, None) for name in Parameters._fields]
+        return Parameters(*found)
+
+    def _statistics_of(self, suffix: str) -> Statistics:
+        """The buffers themselves."""
+
+        def moments(norm: str) -> Moments:
+            return Moments(*(getattr(self, f"{name}_{norm}{suffix}") for name in Moments._fields))
+
+        return Statistics(moments("ih"), moments("hh"), moments("c") if self.cell_norm else None, self.rows)
+
+    def reset_parameters(self) -> None:
+        """Initial values: γ = gamma_init, β = 0, orthogonal (or identity) recurrent weights per gate, forget bias."""
+        hidden = self.hidden_size
+        with torch.no_grad():
+            for suffix in self._all_suffixes():
+                p = self._parameters_of(suffix)
+                for gate in p.weight_ih.split(hidden):
+                    _orthogonal_(gate)
+                for gate in p.weight_hh.split(hidden):
+                    if self.recurrent_init == "orthogonal":
+                        _orthogonal_(gate)
+                    else:
+                        nn.init.eye_(gate)
+                p.gamma_ih.fill_(self.gamma_init)
+                p.gamma_hh.fill_(self.gamma_init)
+                if p.bias is not None:
+                    p.bias.zero_()
+                    p.bias[hidden : 2 * hidden] = self.forget_bias
+                if p.gamma_c is not None and p.beta_c is not None:
+                    p.gamma_c.fill_(self.gamma_init)
+                    p.beta_c.zero_()
+        self.reset_statistics()
+
+    def reset_statistics(self) -> None:
+        """Forget the population: mean 0, variance 1, no rows in any slot."""
+        with torch.no_grad():
+            for suffix in self._all_suffixes():
+                for moments in self._statistics_of(suffix)[:3]:
+                    if moments is not None:
+                        moments.mean.zero_()
+                        moments.var.fill_(1)
+                        moments.count.zero_()
+            self.rows.zero_()
+            self._skipped_steps.zero_()
+        self._skip_told = False
+
+    def set_max_length(self, max_length: int) -> None:
+        """Change the number of slots, for a longer or shorter memory of positions than the layer was built with.
+
+        New slots have seen nothing, so they are used as the last one is until they are trained. Slots that go are
+        pooled into the new last one, by the rows they have seen.
+        """
+        slots = checks.integer("max_length", max_length, 1)
+        for suffix in self._all_suffixes():
+            for norm, moments in zip(("ih", "hh", "c"), self._statistics_of(suffix)[:3], strict=True):
+                if moments is None or (norm == "ih" and self.input_stats == "sequence"):
+                    continue
+                missing = slots - self.max_length
+                if missing > 0:
+                    blank = Moments(
+                        moments.mean.new_zeros(missing, moments.mean.shape[1]),
+                        moments.var.new_ones(missing, moments.var.shape[1]),
+                        moments.count.new_zeros(missing),
+                    )
+                    parts = [moments, blank]
+                else:
+                    last = pool(Moments(*(s[slots - 1 :] for s in moments)))
+                    parts = [Moments(*(s[: slots - 1] for s in moments)), last]
+                for name, values in zip(Moments._fields, zip(*parts, strict=True), strict=True):
+                    self._buffers[f"{name}_{norm}{suffix}"] = torch.cat(values)
+        self.max_length = slots
+
+    # Conversions, copies and state
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BNLSTMBase:
+        """Conversions of dtype are for the parameters: statistics go to float32 or float64 as these say."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        wide = accumulation_dtype(self._parameters_of(self._all_suffixes()[0]).weight_hh.dtype)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is None or new is None or not old.is_floating_point():
+                continue
+            counted = name == "rows" or name.startswith("count_")
+            dtype = torch.float64 if counted else wide
+            if new.dtype != dtype:
+                self._buffers[name] = old.to(device=new.device, dtype=dtype)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for suffix in self._all_suffixes():
+            saved = state_dict.get(f"{prefix}mean_hh{suffix}")
+            if isinstance(saved, Tensor) and saved.dim() == 2 and saved.shape[0] != self.max_length:
+                raise ValueError(
+                    f"max_length: this state_dict was saved with max_length={saved.shape[0]}, the layer has "
+                    f"max_length={self.max_length}. Call set_max_length({saved.shape[0]}) on the layer, load the "
+                    f"state_dict, then call set_max_length({self.max_length})"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._forget_the_moment()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._tell_skipped_steps()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def train(self, mode: bool = True) -> BNLSTMBase:
+        """Training mode (batch statistics) or evaluation (population statistics)."""
+        if not mode:
+            self._tell_skipped_steps()
+        super().train(mode)
+        return self
+
+    def _forget_the_moment(self) -> None:
+        """Drop what lasts from one call to another but is no part of the layer's state."""
+        self._resolved: dict[str, tuple[list[Tensor], list[int], Statistics]] = {}
+        self._calls: weakref.WeakSet[_Call] = weakref.WeakSet()
+        # forwards without a graph: the first runs of reentrant checkpoints; a few may be under way at a time
+        self._graphless_calls: deque[_Call] = deque(maxlen=8)
+        self._intercept: Callable[[Tensor, Packing, States | None, int], Pass] | None = None
+        self._skip_told = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        transient = ("_resolved", "_calls", "_graphless_calls", "_intercept")
+        return {name: value for name, value in self.__dict__.items() if name not in transient}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        told = self._skip_told
+        self._forget_the_moment()
+        self._skip_told = told
+
+    # One pass over all layers and directions
+
+    def _population_of(self, suffix: str, start: int, steps: int) -> Population:
+        """What evaluation normalises by. Resolved statistics are kept until a buffer changes."""
+        statistics = self._statistics_of(suffix)
+        buffers: list[Tensor] = [s for m in statistics[:3] if m is not None for s in m] + [self.rows]
+        if any(buffer.is_inference() for buffer in buffers):  # these do not tell when they change
+            resolved = resolve_statistics(statistics)
+        else:
+            versions = [buffer._version for buffer in buffers]
+            kept = self._resolved.get(suffix)
+            if kept and kept[1] == versions and all(a is b for a, b in zip(kept[0], buffers, strict=True)):
+                resolved = kept[2]
+            else:
+                with torch.inference_mode(False), torch.no_grad():  # to be used outside inference mode too
+                    resolved = resolve_statistics(statistics)
+                self._resolved[suffix] = (buffers, versions, resolved)
+        return population_at_steps(resolved, start, steps, None, self.input_stats == "time")
+
+    def _through_layers(
+        self,
+        x: Tensor,
+        packing: Packing,
+        hx: States | None,
+        populations: list[Population | None],
+        *,
+        regularise: bool,
+    ) -> Pass:
+        """All layers and directions over rows, each with its population; pure. `regularise`: dropout and noise."""
+        mirrored = packing.mirror if any(len(directions) > 1 for directions in self._suffixes) else None
+        h_n: list[Tensor] = []
+        c_n: list[Tensor] = []
+        moments: list[Statistics | None] = []
+        for k, directions in enumerate(self._suffixes):
+            outputs = []
+            for direction, suffix in enumerate(directions):
+                parameters = self._parameters_of(suffix)
+                place = len(h_n)
+                if hx is not None:
+                    h, c = hx[0][place], hx[1][place]
+                else:
+                    h = c = x.new_zeros(packing.batch, self.hidden_size)
+                    if regularise and self.initial_noise > 0:
+                        h = torch.randn_like(h) * self.initial_noise
+                problem = Problem(packing, populations[place], self.input_stats == "time", self.eps)
+                turned = x if direction == 0 or mirrored is None else x.index_select(0, mirrored)
+                rows, h, c, own = functional.run(turned, h, c, parameters, problem, self.backend)
+                outputs.append(rows if direction == 0 or mirrored is None else rows.index_select(0, mirrored))
+                h_n.append(h)
+                c_n.append(c)
+                moments.append(own)
+            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+            if regularise and self.dropout > 0 and k + 1 < len(self._suffixes):
+                x = F.dropout(x, self.dropout)
+        return Pass(x, torch.stack(h_n), torch.stack(c_n), moments)
+
+    def _run(self, x: Tensor, packing: Packing, hx: States | None, start: int) -> Pass:
+        """A call of the layer: by its mode, and in training with the one write to the statistics."""
+        if self._intercept is not None:
+            return self._intercept(x, packing, hx, start)
+        if self.training:
+            return self._run_training(x, packing, hx, start)
+        return self._run_evaluation(x, packing, hx, start)
+
+    def _run_evaluation(self, x: Tensor, packing: Packing, hx: States | None, start: int) -> Pass:
+        steps = len(packing.sizes)
+        frozen: list[Population | None] = [self._population_of(s, start, steps) for s in self._all_suffixes()]
+        return self._through_layers(x, packing, hx, frozen, regularise=False)
+
+    def _batch_populations(self, packing: Packing, start: int) -> list[Population | None]:
+        """Phantom rows of every direction, from the statistics as they are now."""
+        over_time = self.input_stats == "time"
+        with torch.no_grad():
+            return [
+                training_population(self._statistics_of(suffix), packing, start, self.prior_count, over_time)
+                for suffix in self._all_suffixes()
+            ]
+
+    def _run_training(self, x: Tensor, packing: Packing, hx: States | None, start: int) -> Pass:
+        if packing.equal:  # nothing is taken from the population
+            populations: list[Population | None] = [None] * len(self._all_suffixes())
+            if _in_backward():
+                return self._through_layers(x, packing, hx, populations, regularise=True)
+            done = self._through_layers(x, packing, hx, populations, regularise=True)
+        else:
+            fingerprint = x.detach().sum(0, dtype=accumulation_dtype(x.dtype))
+            if _in_backward():
+                populations = self._populations_of_call(fingerprint)
+                return self._through_layers(x, packing, hx, populations, regularise=True)
+            populations = self._batch_populations(packing, start)
+            done = self._through_layers(x, packing, hx, populations, regularise=True)
+            call = _Call(fingerprint, populations)
+            if done.h_n.grad_fn is None:
+                self._graphless_calls.append(call)
+            else:
+                cast(dict[str, Any], done.h_n.grad_fn.metadata)["triton_bnlstm"] = call
+                self._calls.add(call)
+        self._learn(done.moments, start)
+        return done
+
+    def _populations_of_call(self, fingerprint: Tensor) -> list[Population | None]:
+        """What the call with this input took from the population, for its run again in the backward."""
+        calls = [*self._calls, *self._graphless_calls]
+        if not calls:
+            raise RuntimeError(
+                "a forward in training ran inside a backward pass, but no earlier forward of this layer is known: "
+                "the statistics that it was normalised with are gone"
+            )
+        if len(calls) == 1:
+            return calls[0].populations
+        distances = [(call.fingerprint - fingerprint).nan_to_num().abs().sum() for call in calls]
+        return calls[int(torch.stack(distances).argmin())].populations
+
+    def _learn(self, moments: list[Statistics | None], start: int) -> None:
+        """Merge a training step into the population, all directions or none."""
+        own = [m for m in moments if m is not None]
+        with torch.no_grad():
+            finite = torch.stack([all_finite(m) for m in own]).all()
+            for suffix, m in zip(self._all_suffixes(), own, strict=True):
+                update_statistics_(self._statistics_of(suffix), m, start, self.momentum, finite)
+            self._skipped_steps += ~finite
+        if finite.device.type == "cpu":  # elsewhere a look would wait for the device: told later
+            self._tell_skipped_steps()
+
+    def _tell_skipped_steps(self) -> None:
+        if self._skip_told or self._skipped_steps.is_meta:
+            return
+        skipped = int(self._skipped_steps)
+        if skipped:
+            self._skip_told = True
+            warnings.warn(
+                f"{skipped} training step(s) had batch statistics that are not finite; the running statistics were "
+                "left as they were. Look for NaN or infinity in the input, or a diverging loss",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _orthogonal_(weight: Tensor) -> None:
+    """`nn.init.orthogonal_` for every dtype: half precisions have no QR decomposition."""
+    if not weight.is_meta:
+        weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=accumulation_dtype(weight.dtype))))

@@ -1,0 +1,143 @@
+"""`BNLSTMCell`: one step at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from ._base import BNLSTMBase, States
+from .backend import choose_backend
+from .module import BNLSTM
+from .packing import Packing
+
+
+class BNLSTMCell(BNLSTMBase):
+    """One step of one `BNLSTM` layer, for streams: nn.LSTMCell with the time step as an argument.
+
+    A loop over the steps equals the layer: in evaluation for any lengths, in training for equal lengths (the cell sees
+    one step and so cannot know which sequences have finished; leave them in or drop them, but there are no phantom
+    rows). With input_stats="sequence" it can only evaluate: statistics over steps that are yet to come do not exist.
+
+    Args:
+        input_size, hidden_size, bias, max_length, cell_norm, input_stats, gamma_init, eps, momentum, recurrent_init,
+            forget_bias, backend, device, dtype: as for `BNLSTM`.
+
+    Inputs: input, hx=None, time=0
+        * **input**: [B, D], or [D] unbatched.
+        * **hx**: (h, c), each [B, H] (unbatched: [H]); zeros when None.
+        * **time**: index of this step, counted from 0: the slot of its statistics.
+
+    Outputs: (h, c), each [B, H] (unbatched: [H])
+
+    Attributes:
+        weight_ih: [4H, D]; weight_hh: [4H, H]; bias: [4H] or None; gamma_ih, gamma_hh: [4H]; gamma_c, beta_c: [H], with
+            cell_norm. Buffers as the layer's.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, and nothing has changed.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        *,
+        max_length: int,
+        cell_norm: bool = False,
+        input_stats: str = "time",
+        gamma_init: float = 0.1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        recurrent_init: str = "orthogonal",
+        forget_bias: float = 1.0,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            [[""]],
+            bias=bias,
+            max_length=max_length,
+            cell_norm=cell_norm,
+            input_stats=input_stats,
+            prior_count=None,
+            gamma_init=gamma_init,
+            eps=eps,
+            momentum=momentum,
+            recurrent_init=recurrent_init,
+            forget_bias=forget_bias,
+            initial_noise=0.0,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def from_layer(cls, layer: BNLSTM, index: int = 0) -> BNLSTMCell:
+        """A cell with copies of one layer's forward direction: its parameters, statistics and mode."""
+        if not isinstance(layer, BNLSTM):
+            raise TypeError(f"layer must be a BNLSTM, got {type(layer).__name__}")
+        if not 0 <= index < layer.num_layers:
+            raise IndexError(f"index must be in 0..{layer.num_layers - 1}, got {index}")
+        suffix = f"_l{index}"
+        weight = layer._parameters_of(suffix).weight_ih
+        cell = cls(
+            weight.shape[1],
+            layer.hidden_size,
+            layer.bias,
+            max_length=layer.max_length,
+            cell_norm=layer.cell_norm,
+            input_stats=layer.input_stats,
+            gamma_init=layer.gamma_init,
+            eps=layer.eps,
+            momentum=layer.momentum,
+            recurrent_init=layer.recurrent_init,
+            forget_bias=layer.forget_bias,
+            backend=layer.backend,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        state = layer.state_dict()
+        cell.load_state_dict(
+            {
+                "rows": state["rows"],
+                **{name: state[name + suffix] for name in cell.state_dict() if name != "rows"},
+            }
+        )
+        cell.train(layer.training)
+        return cell
+
+    def forward(self, input: Tensor, hx: States | None = None, time: int = 0) -> States:
+        """See the class."""
+        like = self._parameters_of("").weight_hh
+        choose_backend(self.backend)
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+        if input.dim() not in (1, 2):
+            raise ValueError(f"input must be [B, D], or [D] when unbatched, got {tuple(input.shape)}")
+        rows = input[None] if input.dim() == 1 else input
+        checks.rows_of_input(rows[None], self.input_size, False, like)
+        time = checks.integer("time", time, 0)
+        if self.training:
+            checks.training_batch(rows.shape[0])
+        if self.input_stats == "sequence" and (self.training or self._intercept is not None):
+            raise ValueError(
+                'input_stats="sequence": a cell sees one step, so it cannot make such statistics, only use them'
+            )
+        shape = (*input.shape[:-1], self.hidden_size)
+        if hx is not None:
+            h, c = (state.to(like.dtype).view(1, -1, self.hidden_size) for state in checks.states(hx, shape, like))
+            hx = h, c
+        packing = Packing.of_equal_lengths(1, rows.shape[0], rows.device)
+        done = self._run(rows.to(like.dtype), packing, hx, time)
+        return done.h_n.view(shape), done.c_n.view(shape)
+
+    def extra_repr(self) -> str:
+        """Sizes, and whether the cell state is normalised."""
+        return f"{self.input_size}, {self.hidden_size}, max_length={self.max_length}" + (
+            ", cell_norm=True" if self.cell_norm else ""
+        )

@@ -1,0 +1,302 @@
+"""`estimate_statistics`: population statistics from a pass over a data set, for any model that holds BN-LSTM layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import checks
+from ._base import BNLSTMBase, Pass, States
+from .packing import Packing
+from .statistics import Moments, Statistics, all_finite, slots_of_steps, update_statistics_
+from .whole import Captured, run_whole
+
+MODES = ("batches", "whole", "paper")
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def estimate_statistics(
+    model: nn.Module,
+    batches: Iterable[Any],
+    mode: str = "batches",
+    *,
+    forward: Forward | None = None,
+    progress: bool = False,
+    offload: bool = False,
+) -> None:
+    """Replace the population statistics of every BN-LSTM in `model` by those of a data set.
+
+    Running statistics trail behind the weights; these are of the weights as they stand. The rest of the model runs in
+    eval, dropout and noise are off, no gradient is recorded; the model's mode and weights are as before afterwards. A
+    layer that the model does not call keeps its statistics, and after an error all do.
+
+    Modes:
+        * ``"batches"``: each batch is normalised as in training, with the statistics at entry behind its phantom rows,
+          and the moments of all batches are merged by their rows. One pass; the order of the batches does not matter,
+          their composition does a little.
+        * ``"whole"``: the data set is one batch. Step t of all rows is normalised by what slot t, with what it inherits,
+          makes of them, so evaluating the same data reproduces this pass exactly, however it is split. The last slot
+          is that of the step it stands for alone. One pass for each BN-LSTM module in the order of their calls; inputs and
+          states of all rows are held at once.
+        * ``"paper"``: the plain average of the batches' means and variances, whatever their rows (Cooijmans et al.,
+          section 3). One pass, normalised as in "batches".
+
+    Args:
+        model: any module that holds `BNLSTM` or `BNLSTMCell`.
+        batches: an iterable of items; for "whole" one that can be iterated over again, as a DataLoader or a list can.
+            An item is called as model(*item) if it is a tuple or list, model(**item) if a mapping, else model(item).
+        mode: see above.
+        forward: called as forward(model, item) instead, for items that are not just the model's arguments.
+        progress: show a progress bar (needs the package `rich`).
+        offload: "whole" keeps inputs, states and outputs of the rows on the CPU.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; a batch of one sequence in a mode that normalises by the batch;
+            statistics that are not finite; in "whole", a layer called more than once for an item.
+        ImportError: progress=True without rich.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.choice("mode", mode, MODES)
+    checks.flag("progress", progress)
+    checks.flag("offload", offload)
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be iterable, got {type(batches).__name__}")
+    if mode == "whole" and isinstance(batches, Iterator):
+        raise TypeError(
+            'batches: mode="whole" passes over the data once per layer; give a list or a DataLoader, not an iterator'
+        )
+    layers = [module for module in model.modules() if isinstance(module, BNLSTMBase)]
+    if not layers:
+        raise ValueError("model holds no BNLSTM or BNLSTMCell")
+    if forward is None:
+        forward = _call
+
+    with _as_found(model, layers), torch.no_grad():
+        if mode == "whole":
+            _estimate_whole(model, layers, batches, forward, progress, offload)
+        else:
+            _estimate_by_batches(model, layers, batches, forward, progress, plain_average=mode == "paper")
+
+
+def _call(model: nn.Module, item: Any) -> Any:
+    if isinstance(item, Mapping):
+        return model(**item)
+    if isinstance(item, tuple | list) and not isinstance(item, PackedSequence):
+        return model(*item)
+    return model(item)
+
+
+@contextmanager
+def _as_found(model: nn.Module, layers: list[BNLSTMBase]) -> Generator[None, None, None]:
+    """The model in eval; afterwards its modes as they were, and after an error its statistics too."""
+    modes = {module: module.training for module in model.modules()}
+    statistics = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in layers]
+    try:
+        model.eval()
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for layer, before in zip(layers, statistics, strict=True):
+                for name, buffer in layer.named_buffers(recurse=False):
+                    buffer.copy_(before[name])
+        raise
+    finally:
+        for layer in layers:
+            layer._intercept = None
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _shown(batches: Iterable[Any], progress: bool, text: str) -> Iterable[Any]:
+    """`batches` behind a progress bar."""
+    if not progress:
+        return batches
+    try:
+        from rich.progress import track
+    except ImportError as error:
+        raise ImportError("progress=True needs the package rich: pip install 'triton_bnlstm[progress]'") from error
+    return track(batches, text, transient=True)
+
+
+class _Collected:
+    """Moments of all batches for one layer's directions."""
+
+    def __init__(self, layer: BNLSTMBase, plain_average: bool) -> None:
+        self.layer = layer
+        self.plain_average = plain_average
+        self.called = False
+        self.sums = [_zeros_like(layer._statistics_of(suffix)) for suffix in layer._all_suffixes()]
+        self.batches = [_zeros_like(s) for s in self.sums]  # of which only counts are used: batches that saw the slot
+
+    def intercept(self, x: torch.Tensor, packing: Packing, hx: States | None, start: int) -> Pass:
+        """Run the layer as in training, and take the moments."""
+        checks.training_batch(packing.batch)
+        layer = self.layer
+        done = layer._through_layers(x, packing, hx, layer._batch_populations(packing, start), regularise=False)
+        self.called = True
+        for total, seen, own in zip(self.sums, self.batches, done.moments, strict=True):
+            assert own is not None
+            if self.plain_average:
+                _add(total, seen, own, start)
+            else:
+                always = own.rows.new_ones((), dtype=torch.bool)
+                update_statistics_(total, _doubled(own), start, None, always)
+        return done
+
+    def write(self) -> None:
+        """Put what was collected into the layer."""
+        if not self.called:
+            return
+        first: float = 0.0
+        for suffix, total, seen in zip(self.layer._all_suffixes(), self.sums, self.batches, strict=True):
+            statistics = self.layer._statistics_of(suffix)
+            if not bool(all_finite(total)):
+                raise ValueError("batches: the statistics of this data are not finite; look for NaN or infinity in it")
+            for buffers, sums, batches in zip(statistics[:3], total[:3], seen[:3], strict=True):
+                if buffers is None or sums is None or batches is None:
+                    continue
+                mean, var = sums.mean, sums.var
+                if self.plain_average:
+                    share = batches.count.clamp_min(1)[:, None]
+                    mean, var = mean / share, var / share
+                unseen = (sums.count == 0)[:, None]
+                buffers.mean.copy_(torch.where(unseen, 0, mean))
+                buffers.var.copy_(torch.where(unseen, 1, var))
+                buffers.count.copy_(sums.count)
+            first = float(total.hh.count[0])
+        if not self.layer.rows:
+            self.layer.rows.fill_(first)
+
+
+def _zeros_like(statistics: Statistics) -> Statistics:
+    """Nothing seen yet, float64."""
+
+    def zeros(moments: Moments) -> Moments:
+        return Moments(*(torch.zeros_like(s, dtype=torch.float64) for s in moments))
+
+    cell = None if statistics.c is None else zeros(statistics.c)
+    return Statistics(zeros(statistics.ih), zeros(statistics.hh), cell, torch.zeros_like(statistics.rows))
+
+
+def _doubled(moments: Statistics) -> Statistics:
+    """In float64, so that the order of merging leaves no trace."""
+
+    def double(m: Moments) -> Moments:
+        return Moments(m.mean.double(), m.var.double(), m.count)
+
+    return Statistics(
+        double(moments.ih), double(moments.hh), None if moments.c is None else double(moments.c), moments.rows
+    )
+
+
+def _add(total: Statistics, seen: Statistics, own: Statistics, start: int) -> None:
+    """Add one batch's estimates to sums, counting the batches that saw each slot."""
+    for sums, batches, moments in zip(total[:3], seen[:3], own[:3], strict=True):
+        if sums is None or batches is None or moments is None:
+            continue
+        first, by_slot = slots_of_steps(moments, start, sums.mean.shape[0])
+        touched = slice(first, first + by_slot.mean.shape[0])
+        present = by_slot.count > 0
+        sums.mean[touched] += by_slot.mean * present[:, None]
+        sums.var[touched] += by_slot.var * present[:, None]
+        sums.count[touched] += by_slot.count
+        batches.count[touched] += present
+
+
+def _estimate_by_batches(
+    model: nn.Module,
+    layers: list[BNLSTMBase],
+    batches: Iterable[Any],
+    forward: Forward,
+    progress: bool,
+    plain_average: bool,
+) -> None:
+    collected = [_Collected(layer, plain_average) for layer in layers]
+    for each in collected:
+        each.layer._intercept = each.intercept
+    empty = True
+    for item in _shown(batches, progress, "population statistics"):
+        empty = False
+        forward(model, item)
+    if empty:
+        raise ValueError("batches is empty")
+    for each in collected:
+        each.write()
+
+
+class _Stop(Exception):
+    """Ends a model's forward at the layer whose input was wanted."""
+
+
+class _Door:
+    """Stands before one layer in "whole": takes its input and stops the model until the layer's statistics are done,
+    then lets it evaluate, once for an item.
+    """
+
+    def __init__(self, layer: BNLSTMBase, arrivals: list[tuple[_Door, Captured]], offload: bool) -> None:
+        self.layer = layer
+        self.arrivals = arrivals
+        self.offload = offload
+        self.done = False
+        self.calls_of_item = 0
+
+    def intercept(self, x: torch.Tensor, packing: Packing, hx: States | None, start: int) -> Pass:
+        """In place of the layer's own run."""
+        self.calls_of_item += 1
+        if self.calls_of_item > 1:
+            raise ValueError(
+                'mode="whole": the model calls a layer more than once for an item, so its calls cannot be one batch; '
+                'use mode="batches"'
+            )
+        if self.done:
+            return self.layer._run_evaluation(x, packing, hx, start)
+        if self.offload:
+            x, hx = x.to("cpu"), None if hx is None else (hx[0].to("cpu"), hx[1].to("cpu"))
+        self.arrivals.append((self, Captured(x, packing, hx, start)))
+        raise _Stop
+
+
+def _estimate_whole(
+    model: nn.Module,
+    layers: list[BNLSTMBase],
+    batches: Iterable[Any],
+    forward: Forward,
+    progress: bool,
+    offload: bool,
+) -> None:
+    arrivals: list[tuple[_Door, Captured]] = []
+    doors = [_Door(layer, arrivals, offload) for layer in layers]
+    for door in doors:
+        door.layer._intercept = door.intercept
+
+    def run(item: Any) -> None:
+        for door in doors:
+            door.calls_of_item = 0
+        with suppress(_Stop):
+            forward(model, item)
+
+    while not all(door.done for door in doors):
+        arrivals.clear()
+        empty = True
+        number = 1 + sum(door.done for door in doors)
+        for item in _shown(batches, progress, f"population statistics, layer {number} of {len(doors)}"):
+            empty = False
+            run(item)
+        if empty:
+            raise ValueError("batches is empty")
+        if not arrivals:  # the model does not call what is left
+            return
+        target = arrivals[0][0]
+        if any(door is not target for door, _ in arrivals):
+            raise ValueError('mode="whole": the model calls its layers in another order for other items')
+        run_whole(target.layer, [call for _, call in arrivals], offload)
+        if not all(bool(all_finite(target.layer._statistics_of(s))) for s in target.layer._all_suffixes()):
+            raise ValueError("batches: the statistics of this data are not finite; look for NaN or infinity in it")
+        target.done = True
+    run(next(iter(batches)))  # past the last layer, to see that no layer is called again

@@ -1,0 +1,227 @@
+"""`bn_lstm`: one layer, one direction, as a pure function; and the way from the caller's tensors to rows and back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import bptt, checks
+from .backend import BACKENDS, choose_backend
+from .packing import Packing
+from .reference import Parameters, Problem, accumulation_dtype
+from .statistics import Population, Statistics, population_at_steps, resolve_statistics, training_population
+
+INPUT_STATS = ("time", "sequence")
+
+
+class Result(NamedTuple):
+    """What `bn_lstm` returns.
+
+    output: [T, B, H], or a PackedSequence for a PackedSequence; 0 beyond a sequence's length.
+    h_n, c_n: [B, H], each sequence's at its own last step (reverse: at its first).
+    moments: the batch's moments per step, to be given to `update_statistics`; None in evaluation.
+    """
+
+    output: Tensor | PackedSequence
+    h_n: Tensor
+    c_n: Tensor
+    moments: Statistics | None
+
+
+def to_rows(
+    input: Tensor | PackedSequence, lengths: Tensor | None, batch_first: bool, dtype: torch.dtype
+) -> tuple[Tensor, Packing]:
+    """Checked input → rows [R, D] in `dtype` and how they are packed."""
+    if isinstance(input, PackedSequence):
+        return input.data.to(dtype), Packing.of_packed_sequence(input)
+    if input.dim() == 2:
+        input = input.unsqueeze(1)
+    elif batch_first:
+        input = input.transpose(0, 1)
+    steps, batch = input.shape[:2]
+    if lengths is None:
+        packing = Packing.of_equal_lengths(steps, batch, input.device)
+    elif lengths.device.type == "cpu":
+        packing = Packing.of_host_lengths(steps, lengths, input.device)
+    else:
+        packing = Packing.of_device_lengths(steps, lengths)
+    return packing.pack(input.to(dtype)), packing
+
+
+def from_rows(
+    rows: Tensor, packing: Packing, input: Tensor | PackedSequence, batch_first: bool
+) -> Tensor | PackedSequence:
+    """Output rows [R, ·] → the form that `input` came in."""
+    if isinstance(input, PackedSequence):
+        return PackedSequence(rows, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+    output = packing.unpack(rows)
+    if input.dim() == 2:
+        return output.squeeze(1)
+    return output.transpose(0, 1) if batch_first else output
+
+
+def population_of(
+    statistics: Statistics,
+    packing: Packing,
+    start: int,
+    training: bool,
+    over_time: bool,
+    prior_count: float | None,
+) -> Population | None:
+    """What this call takes from the population: constants in evaluation, phantom rows (or None) in training."""
+    if training:
+        return training_population(statistics, packing, start, prior_count, over_time)
+    resolved = resolve_statistics(statistics)
+    return population_at_steps(resolved, start, len(packing.sizes), None, over_time)
+
+
+def run(
+    x: Tensor, h: Tensor, c: Tensor, parameters: Parameters, problem: Problem, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Statistics | None]:
+    """One layer and direction over rows, on the chosen backend: rows [R, H], h_n, c_n [B, H], moments."""
+    assert choose_backend(backend) == "reference"
+    return bptt.layer(x, h, c, parameters, problem)
+
+
+def bn_lstm(
+    input: Tensor | PackedSequence,
+    parameters: Parameters,
+    statistics: Statistics,
+    hx: tuple[Tensor, Tensor] | None = None,
+    lengths: Tensor | list[int] | None = None,
+    *,
+    training: bool,
+    start: int = 0,
+    reverse: bool = False,
+    input_stats: str = "time",
+    prior_count: float | None = None,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Result:
+    """Batch-normalised LSTM of Cooijmans et al. 2016, equations (6)–(8), over one layer in one direction.
+
+    A pure function: statistics in, moments out, nothing is written. In training each step is normalised by its own
+    rows, and seats of finished sequences are taken by phantom rows with the population's moments; in evaluation by the
+    population alone. Gradients flow to the input, hx and the parameters; statistics are constants.
+
+    Args:
+        input: [T, B, D], or a PackedSequence.
+        parameters: weight_ih [4H, D], weight_hh [4H, H], bias [4H] or None, gamma_ih [4H], gamma_hh [4H], and with
+            cell norm gamma_c [H], beta_c [H].
+        statistics: the population's, S slots; `Statistics.unseen` makes those of a new layer.
+        hx: (h_0, c_0), each [B, H]; zeros when None.
+        lengths: [B], valid steps of each sequence; None: all T. On an accelerator clamped to 1..T, not checked.
+        training: normalise by the batch rather than by the population.
+        start: slot of the first step, in steps.
+        reverse: each sequence from its own last step to its first; slots count from there.
+        input_stats: statistics of W_x x per time step ("time") or over all valid steps ("sequence").
+        prior_count: at most so many phantom rows per step; None: every vacated seat; 0: none.
+        eps: ε added to variances.
+        backend: "auto", "reference" or "triton".
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        RuntimeError: the backend cannot run here.
+    """
+    like = parameters.weight_hh
+    hidden = like.shape[1]
+    choose_backend(checks.choice("backend", backend, BACKENDS))
+    checks.choice("input_stats", input_stats, INPUT_STATS)
+    checks.real("eps", eps, above=0)
+    if prior_count is not None:
+        checks.real("prior_count", prior_count, minimum=0)
+    checks.integer("start", start, 0)
+    _check_parameters(parameters)
+    _check_statistics(statistics, parameters, input_stats)
+    checks.rows_of_input(input, parameters.weight_ih.shape[1], False, like)
+    if isinstance(input, Tensor) and input.dim() != 3:
+        raise ValueError(f"input must be [T, B, D], got {tuple(input.shape)}")
+    host_lengths = check_lengths(input, lengths, batch_first=False)
+    batch = batch_of(input, batch_first=False)
+    if training:
+        checks.training_batch(batch)
+    if hx is not None:
+        hx = checks.states(hx, (batch, hidden), like)
+
+    x, packing = to_rows(input, host_lengths, False, like.dtype)
+    if hx is None:
+        h = c = x.new_zeros(batch, hidden)
+    else:
+        h, c = (packing.seat(state.to(like.dtype)) for state in hx)
+    over_time = input_stats == "time"
+    population = population_of(statistics, packing, start, training, over_time, prior_count)
+    x = x.index_select(0, packing.mirror) if reverse else x
+    rows, h_n, c_n, moments = run(x, h, c, parameters, Problem(packing, population, over_time, eps), backend)
+    rows = rows.index_select(0, packing.mirror) if reverse else rows
+    return Result(from_rows(rows, packing, input, False), packing.unseat(h_n), packing.unseat(c_n), moments)
+
+
+def batch_of(input: Tensor | PackedSequence, batch_first: bool) -> int:
+    """B of checked input."""
+    if isinstance(input, PackedSequence):
+        return int(input.batch_sizes[0])
+    if input.dim() == 2:
+        return 1
+    return input.shape[0 if batch_first else 1]
+
+
+def check_lengths(
+    input: Tensor | PackedSequence, lengths: Tensor | list[int] | None, batch_first: bool
+) -> Tensor | None:
+    """`lengths` against checked input."""
+    if lengths is None:
+        return None
+    if isinstance(input, PackedSequence):
+        raise ValueError("lengths: a PackedSequence has its own lengths")
+    time = 1 if batch_first and input.dim() == 3 else 0
+    return checks.lengths_of_batch(lengths, input.shape[time], batch_of(input, batch_first), input.device)
+
+
+def _check_parameters(parameters: Parameters) -> None:
+    weight_ih, weight_hh, bias, gamma_ih, gamma_hh, gamma_c, beta_c = parameters
+    for name, weight in (("weight_ih", weight_ih), ("weight_hh", weight_hh)):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"parameters.{name} must be a tensor, got {type(weight).__name__}")
+        if weight.dim() != 2:
+            raise ValueError(f"parameters.{name} must be 2-D, got {tuple(weight.shape)}")
+    if not weight_hh.is_floating_point():
+        raise TypeError(f"parameters.weight_hh must have a floating dtype, got {weight_hh.dtype}")
+    hidden = weight_hh.shape[1]
+    checks.tensor("parameters.weight_hh", weight_hh, (4 * hidden, hidden), weight_hh)
+    checks.tensor("parameters.weight_ih", weight_ih, (4 * hidden, weight_ih.shape[1]), weight_hh)
+    if (gamma_c is None) != (beta_c is None):
+        raise ValueError("parameters: gamma_c and beta_c come together or not at all")
+    for name, vector, size in (
+        ("bias", bias, 4 * hidden),
+        ("gamma_ih", gamma_ih, 4 * hidden),
+        ("gamma_hh", gamma_hh, 4 * hidden),
+        ("gamma_c", gamma_c, hidden),
+        ("beta_c", beta_c, hidden),
+    ):
+        if vector is not None or name.startswith(("gamma_ih", "gamma_hh")):
+            checks.tensor(f"parameters.{name}", vector, (size,), weight_hh)
+
+
+def _check_statistics(statistics: Statistics, parameters: Parameters, input_stats: str) -> None:
+    hidden = parameters.weight_hh.shape[1]
+    wide = accumulation_dtype(parameters.weight_hh.dtype)
+    if (statistics.c is None) != (parameters.gamma_c is None):
+        raise ValueError("statistics.c must be given exactly when parameters.gamma_c is")
+    slots = statistics.hh.mean.shape[0]
+    if slots < 1:
+        raise ValueError("statistics.hh must have at least one slot")
+    like = parameters.weight_hh.new_empty(0, dtype=wide)
+    counts = parameters.weight_hh.new_empty(0, dtype=torch.float64)
+    for name, moments, columns, length in (
+        ("ih", statistics.ih, 4 * hidden, slots if input_stats == "time" else 1),
+        ("hh", statistics.hh, 4 * hidden, slots),
+        ("c", statistics.c, hidden, slots),
+    ):
+        if moments is not None:
+            checks.tensor(f"statistics.{name}.mean", moments.mean, (length, columns), like)
+            checks.tensor(f"statistics.{name}.var", moments.var, (length, columns), like)
+            checks.tensor(f"statistics.{name}.count", moments.count, (length,), counts)
+    checks.tensor("statistics.rows", statistics.rows, (), counts)

@@ -1,0 +1,346 @@
+"""`BNLSTM`: nn.LSTM's conventions around the batch-normalised LSTM."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import cast, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import checks, functional
+from ._base import BNLSTMBase, States
+from .backend import choose_backend
+from .statistics import Moments, resolve_statistics
+
+
+class BNLSTM(BNLSTMBase):
+    r"""Multi-layer LSTM with batch normalisation in the recurrence, for sequences of equal and unequal lengths.
+
+    Cooijmans et al. 2016 (arXiv 1603.09025), equations (6)–(8), for each layer and direction at step t::
+
+        a_t = BN(W_hh h_{t−1}; γ_hh, slot t) + BN(W_ih x_t; γ_ih, slot t) + bias
+        i, f, g, o = σ, σ, tanh, σ of the four quarters of a_t
+        c_t = f ∘ c_{t−1} + i ∘ g
+        h_t = o ∘ tanh(c_t)                          with cell_norm: o ∘ tanh(BN(c_t; γ_c, β_c, slot t))
+
+    Training normalises each step by the batch's own rows; evaluation by running statistics, one slot per time step.
+    Where sequences have finished, their seats in the batch are taken by phantom rows that have the population's mean
+    and variance of that step, so that a step with one sequence left is still normalised sensibly.
+
+    It is used as `torch.nn.LSTM` is: the first seven arguments, the shapes of inputs, outputs and states, packed
+    sequences and unbatched input are nn.LSTM's. There is no `proj_size`. In training a batch has two sequences or more.
+
+    Args:
+        input_size: features D of the input.
+        hidden_size: units H.
+        num_layers: stacked layers.
+        bias: learn a bias; without it there is no forget bias either.
+        batch_first: input and output are [B, T, ·] rather than [T, B, ·]; states are [·, B, H] either way.
+        dropout: probability of dropout on the outputs of each layer but the last, in training.
+        bidirectional: a second direction, from each sequence's own last step to its first.
+        max_length: slots S of the population statistics. Steps beyond use the last slot, so this bounds memory, not
+            sequence length.
+        cell_norm: normalise the cell state on its way to the output, equation (8) of the paper.
+        input_stats: statistics of W_ih x per time step ("time", the paper), or one set over all steps ("sequence").
+        prior_count: at most so many phantom rows per step. None: every vacated seat; 0: none (plain masking).
+        gamma_init: initial γ. The paper's 0.1 keeps gates out of saturation; 1 makes gradients vanish.
+        eps: ε, added to variances.
+        momentum: weight of a full batch against the running statistics, in (0, 1]; None: all rows weigh the same.
+        recurrent_init: "orthogonal" or "identity", for each gate's recurrent matrix.
+        forget_bias: initial bias of the forget gate.
+        initial_noise: standard deviation of Gaussian noise on h_0, in training and when hx is not given: columns that
+            are constant at the first steps (the black frame of MNIST) then have a variance.
+        backend: "auto", "reference" or "triton".
+        device, dtype: of the parameters. Statistics are float32 (float64 for float64 parameters), counts float64.
+
+    Inputs: input, hx=None, lengths=None, start=0
+        * **input**: [T, B, D], [B, T, D] with batch_first, [T, D] unbatched, or a PackedSequence.
+        * **hx**: (h_0, c_0), each [num_layers · directions, B, H] (unbatched: without B); zeros when None.
+        * **lengths**: [B] integers, a CPU tensor or a list: steps of each sequence, as in a PackedSequence; what
+          stands beyond in `input` is never read. On an accelerator lengths are clamped to 1..T instead of checked.
+        * **start**: slot of the first step, for a sequence given in chunks.
+
+    Outputs: output, (h_n, c_n)
+        * **output**: [T, B, directions · H] of the last layer (or as `input` came), 0 beyond a sequence's length.
+        * **h_n**, **c_n**: [num_layers · directions, B, H], at each sequence's own last step (reverse: first).
+
+    Attributes:
+        weight_ih_l{k}: [4H, D] ([4H, directions · H] for k > 0); gates in the order i, f, g, o.
+        weight_hh_l{k}: [4H, H].
+        bias_l{k}: [4H], or None.
+        gamma_ih_l{k}, gamma_hh_l{k}: [4H].
+        gamma_c_l{k}, beta_c_l{k}: [H], with cell_norm.
+        mean_*_l{k}, var_*_l{k}, count_*_l{k}: buffers, slots of the statistics; see `statistics`.
+
+    The suffix is `_l{k}_reverse` for the second direction.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, and nothing has changed.
+
+    Example:
+        >>> layer = BNLSTM(13, 64, max_length=100, batch_first=True)
+        >>> output, (h_n, c_n) = layer(torch.randn(32, 90, 13), lengths=[90] * 16 + [40] * 16)
+        >>> output.shape, h_n.shape
+        (torch.Size([32, 90, 64]), torch.Size([1, 32, 64]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        max_length: int,
+        cell_norm: bool = False,
+        input_stats: str = "time",
+        prior_count: float | None = None,
+        gamma_init: float = 0.1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        recurrent_init: str = "orthogonal",
+        forget_bias: float = 1.0,
+        initial_noise: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        num_layers = checks.integer("num_layers", num_layers, 1)
+        batch_first = checks.flag("batch_first", batch_first)
+        dropout = checks.real("dropout", dropout, minimum=0, maximum=1)
+        bidirectional = checks.flag("bidirectional", bidirectional)
+        directions = ("", "_reverse") if bidirectional else ("",)
+        super().__init__(
+            input_size,
+            hidden_size,
+            [[f"_l{k}{direction}" for direction in directions] for k in range(num_layers)],
+            bias=bias,
+            max_length=max_length,
+            cell_norm=cell_norm,
+            input_stats=input_stats,
+            prior_count=prior_count,
+            gamma_init=gamma_init,
+            eps=eps,
+            momentum=momentum,
+            recurrent_init=recurrent_init,
+            forget_bias=forget_bias,
+            initial_noise=initial_noise,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_layers = num_layers
+        self.batch_first = batch_first
+        self.dropout = dropout
+        self.bidirectional = bidirectional
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(
+                f"dropout={dropout:g} has no effect with num_layers=1: it stands between layers", stacklevel=2
+            )
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: States | None = None,
+        lengths: Tensor | list[int] | None = None,
+        start: int = 0,
+    ) -> tuple[Tensor, States]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: States | None = None, lengths: None = None, start: int = 0
+    ) -> tuple[PackedSequence, States]: ...
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: States | None = None,
+        lengths: Tensor | list[int] | None = None,
+        start: int = 0,
+    ) -> tuple[Tensor | PackedSequence, States]:
+        """See the class."""
+        like = self._parameters_of(self._suffixes[0][0]).weight_hh
+        choose_backend(self.backend)
+        checks.rows_of_input(input, self.input_size, self.batch_first, like)
+        host_lengths = functional.check_lengths(input, lengths, self.batch_first)
+        start = checks.integer("start", start, 0)
+        batch = functional.batch_of(input, self.batch_first)
+        if self.training:
+            checks.training_batch(batch)
+        unbatched = isinstance(input, Tensor) and input.dim() == 2
+        places = self.num_layers * (2 if self.bidirectional else 1)
+        shape = (places, self.hidden_size) if unbatched else (places, batch, self.hidden_size)
+        if hx is not None:
+            hx = checks.states(hx, shape, like)
+
+        x, packing = functional.to_rows(input, host_lengths, self.batch_first, like.dtype)
+        if hx is not None:
+            h_0, c_0 = (state.to(like.dtype).view(places, batch, self.hidden_size) for state in hx)
+            hx = packing.seat(h_0), packing.seat(c_0)
+        rows, h_n, c_n, _ = self._run(x, packing, hx, start)
+        output = functional.from_rows(rows, packing, input, self.batch_first)
+        return output, (packing.unseat(h_n).view(shape), packing.unseat(c_n).view(shape))
+
+    def statistics(self, layer: int = 0, reverse: bool = False, resolved: bool = False) -> dict[str, Moments]:
+        """Population statistics of one layer and direction: {"ih" | "hh" | "c": (mean [S, ·], var [S, ·], count [S])}.
+
+        "ih" has one slot with input_stats="sequence"; "c" is there with cell_norm. The tensors are copies.
+
+        Args:
+            layer: which layer, from 0.
+            reverse: the second direction.
+            resolved: what is used instead of what was seen: rows that a slot lacks against slot 0 are inherited from
+                the slot before it, and `count` includes them.
+
+        Raises:
+            IndexError: no such layer.
+            ValueError: `reverse` of a layer that has one direction.
+        """
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(f"layer must be in 0..{self.num_layers - 1}, got {layer}")
+        if reverse and not self.bidirectional:
+            raise ValueError("reverse: this layer has one direction")
+        found = self._statistics_of(self._suffixes[layer][int(reverse)])
+        if resolved:
+            found = resolve_statistics(found)
+        return {
+            name: moments.clone()
+            for name, moments in zip(("ih", "hh", "c"), found[:3], strict=True)
+            if moments is not None
+        }
+
+    def flatten_parameters(self) -> None:
+        """Nothing: weights need no particular place in memory. Here because code that uses nn.LSTM calls it."""
+
+    def extra_repr(self) -> str:
+        """Arguments that are not at their defaults."""
+        shown = [f"{self.input_size}, {self.hidden_size}"]
+        defaults = {
+            "num_layers": 1,
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0.0,
+            "bidirectional": False,
+            "max_length": None,
+            "cell_norm": False,
+            "input_stats": "time",
+            "prior_count": None,
+            "gamma_init": 0.1,
+            "eps": 1e-5,
+            "momentum": 0.1,
+            "recurrent_init": "orthogonal",
+            "forget_bias": 1.0,
+            "initial_noise": 0.0,
+            "backend": "auto",
+        }
+        shown += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
+        return ", ".join(shown)
+
+    @classmethod
+    def from_lstm(
+        cls,
+        lstm: nn.LSTM,
+        *,
+        max_length: int,
+        cell_norm: bool = False,
+        input_stats: str = "time",
+        prior_count: float | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        initial_noise: float = 0.0,
+        backend: str = "auto",
+    ) -> BNLSTM:
+        """A layer with an nn.LSTM's weights, that in eval() computes what the LSTM does until it is trained.
+
+        Both biases become their sum, and γ = √(1 + ε) undoes the normalisation by the initial mean 0 and variance 1.
+        In training it normalises by the batch and so is another function; call `estimate_statistics` for population
+        statistics of these weights.
+
+        Args:
+            lstm: without proj_size.
+            max_length, cell_norm, input_stats, prior_count, eps, momentum, initial_noise, backend: as for the layer.
+
+        Raises:
+            TypeError: `lstm` is not an nn.LSTM.
+            ValueError: it has projections.
+        """
+        if not isinstance(lstm, nn.LSTM):
+            raise TypeError(f"lstm must be a torch.nn.LSTM, got {type(lstm).__name__}")
+        if lstm.proj_size:
+            raise ValueError("lstm: proj_size is not supported")
+        weight = cast(Tensor, lstm.weight_hh_l0)
+        layer = cls(
+            lstm.input_size,
+            lstm.hidden_size,
+            lstm.num_layers,
+            lstm.bias,
+            lstm.batch_first,
+            lstm.dropout,
+            lstm.bidirectional,
+            max_length=max_length,
+            cell_norm=cell_norm,
+            input_stats=input_stats,
+            prior_count=prior_count,
+            gamma_init=math.sqrt(1 + eps),
+            eps=eps,
+            momentum=momentum,
+            initial_noise=initial_noise,
+            backend=backend,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        with torch.no_grad():
+            for suffix in layer._all_suffixes():
+                p = layer._parameters_of(suffix)
+                p.weight_ih.copy_(getattr(lstm, f"weight_ih{suffix}"))
+                p.weight_hh.copy_(getattr(lstm, f"weight_hh{suffix}"))
+                if p.bias is not None:
+                    p.bias.copy_(getattr(lstm, f"bias_ih{suffix}") + getattr(lstm, f"bias_hh{suffix}"))
+        layer.train(lstm.training)
+        return layer
+
+    def to_lstm(self) -> nn.LSTM:
+        """An nn.LSTM with the last slot's statistics folded into weights and bias.
+
+        In eval() the layer equals it from the last slot on (and from wherever statistics stop changing). It keeps the
+        device, the dtype and the mode; its second bias is 0.
+
+        Raises:
+            ValueError: with cell_norm, since no LSTM normalises its cell state.
+        """
+        if self.cell_norm:
+            raise ValueError("cell_norm: a layer that normalises its cell state cannot be folded into an nn.LSTM")
+        weight = self._parameters_of(self._suffixes[0][0]).weight_hh
+        lstm = nn.LSTM(
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            True,  # normalisation shifts even where no bias is learnt
+            self.batch_first,
+            self.dropout if self.num_layers > 1 else 0.0,
+            self.bidirectional,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        with torch.no_grad():
+            for suffix in self._all_suffixes():
+                p = self._parameters_of(suffix)
+                last = resolve_statistics(self._statistics_of(suffix))
+                wide = last.hh.mean.dtype
+                scale_ih = p.gamma_ih.to(wide) * (last.ih.var[-1] + self.eps).rsqrt()
+                scale_hh = p.gamma_hh.to(wide) * (last.hh.var[-1] + self.eps).rsqrt()
+                bias = -(scale_ih * last.ih.mean[-1] + scale_hh * last.hh.mean[-1])
+                if p.bias is not None:
+                    bias = bias + p.bias
+                getattr(lstm, f"weight_ih{suffix}").copy_(scale_ih[:, None] * p.weight_ih)
+                getattr(lstm, f"weight_hh{suffix}").copy_(scale_hh[:, None] * p.weight_hh)
+                getattr(lstm, f"bias_ih{suffix}").copy_(bias)
+                getattr(lstm, f"bias_hh{suffix}").zero_()
+        return lstm.train(self.training)
