@@ -259,6 +259,6 @@ def forward(
     h_n, c_n = torch.cat([h, *reversed(finished_h)]), torch.cat([c, *reversed(finished_c)])
     moments = None
     if own_ih is not None:
-        seats = packing.count.new_tensor(packing.batch)
+        seats = packing.count.new_full((), packing.batch)  # a tensor made from a number would wait for the device
         moments = Statistics(own_ih, norm_hh.moments(), None if norm_c is None else norm_c.moments(), seats)
     return torch.cat(outputs), h_n, c_n, moments, z_x, used

@@ -1,0 +1,16 @@
+"""Every test from the same seed, and on the threads that it was given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+# CI machines are slow and shared: a deadline would test the machine. Derandomised: a red run is red again.
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
