@@ -92,7 +92,7 @@ class BNLSTMBase(nn.Module):
         super().__init__()
         self.input_size = checks.integer("input_size", input_size, 1)
         self.hidden_size = checks.integer("hidden_size", hidden_size, 1)
-        self.bias = checks.flag("bias", bias)
+        self._with_bias = checks.flag("bias", bias)
         self.max_length = checks.integer("max_length", max_length, 1)
         self.cell_norm = checks.flag("cell_norm", cell_norm)
         self.input_stats = checks.choice("input_stats", input_stats, functional.INPUT_STATS)
@@ -128,7 +128,7 @@ class BNLSTMBase(nn.Module):
         shapes: dict[str, tuple[int, ...] | None] = {
             "weight_ih": (columns, width),
             "weight_hh": (columns, hidden),
-            "bias": (columns,) if self.bias else None,
+            "bias": (columns,) if self._with_bias else None,
             "gamma_ih": (columns,),
             "gamma_hh": (columns,),
             "gamma_c": (hidden,) if self.cell_norm else None,
@@ -381,11 +381,14 @@ class BNLSTMBase(nn.Module):
             populations = self._batch_populations(packing, start)
             done = self._through_layers(x, packing, hx, populations, regularise=True)
             call = _Call(fingerprint, populations)
-            if done.h_n.grad_fn is None:
-                self._graphless_calls.append(call)
-            else:
-                cast(dict[str, Any], done.h_n.grad_fn.metadata)["triton_bnlstm"] = call
+            nodes = [result.grad_fn for result in (done.rows, done.h_n, done.c_n)]
+            for node in nodes:  # whichever of the results goes on, the call is remembered with it
+                if node is not None:
+                    cast(dict[str, Any], node.metadata)["triton_bnlstm"] = call
+            if any(nodes):
                 self._calls.add(call)
+            else:
+                self._graphless_calls.append(call)
         self._learn(done.moments, start)
         return done
 

@@ -118,10 +118,11 @@ def _shown(batches: Iterable[Any], progress: bool, text: str) -> Iterable[Any]:
     if not progress:
         return batches
     try:
+        from rich.console import Console
         from rich.progress import track
     except ImportError as error:
         raise ImportError("progress=True needs the package rich: pip install 'triton_bnlstm[progress]'") from error
-    return track(batches, text, transient=True)
+    return track(batches, text, console=Console(stderr=True), transient=True)
 
 
 class _Collected:

@@ -136,6 +136,7 @@ class BNLSTM(BNLSTMBase):
             dtype=dtype,
         )
         self.num_layers = num_layers
+        self.bias = bias
         self.batch_first = batch_first
         self.dropout = dropout
         self.bidirectional = bidirectional

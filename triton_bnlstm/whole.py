@@ -159,7 +159,7 @@ def run_whole(layer: BNLSTMBase, calls: list[Captured], offload: bool) -> None:
             for call, x in zip(calls, inputs, strict=True):
                 if call.hx is None:
                     h = x.new_zeros(call.packing.batch, layer.hidden_size)
-                    c = h.to(wide)
+                    c = torch.zeros_like(h, dtype=wide)
                 else:
                     h, c = call.hx[0][place].clone(), call.hx[1][place].to(wide, copy=True)
                 turned = x if direction == 0 else x.index_select(0, call.packing.mirror.to(home))

@@ -1,0 +1,76 @@
+"""Activation checkpoints run the forward again inside the backward: same gradients, one update of the statistics."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.support import assert_same_buffers, buffers, make_layer
+
+EQUAL, RAGGED = [6, 6, 6, 6], [6, 1, 3, 2]
+
+
+def step(layer, head, batches, use_reentrant):
+    """One backward over all batches; `use_reentrant` None: no checkpoint."""
+    losses = []
+    for x, lengths in batches:
+
+        def features(x, lengths=lengths):
+            return layer(x * 2, lengths=lengths)[0]  # the layer's input is itself computed again
+
+        y = features(x) if use_reentrant is None else checkpoint(features, x, use_reentrant=use_reentrant)
+        losses.append(head(y).square().sum())
+    sum(losses).backward()
+    return [p.grad.clone() for p in (*layer.parameters(), *head.parameters())] + [x.grad for x, _ in batches]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("lengths", [EQUAL, RAGGED], ids=["equal", "ragged"])
+@pytest.mark.parametrize("calls", [1, 3])
+@pytest.mark.parametrize("seen", [False, True])
+def test_same_gradients_and_one_update(use_reentrant, lengths, calls, seen):
+    data = [(torch.randn(6, 4, 3).double(), lengths) for _ in range(calls)]
+    results = []
+    for mode in (None, use_reentrant):
+        layer = make_layer(num_layers=2, bidirectional=True, cell_norm=True, dropout=0.3, initial_noise=0.1, seen=seen)
+        torch.manual_seed(1)
+        head = nn.Linear(8, 2).double()
+        batches = [(x.clone().requires_grad_(), lengths) for x, lengths in data]
+        results.append((step(layer, head, batches, mode), buffers(layer)))
+    for plain, checkpointed in zip(results[0][0], results[1][0], strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-12, atol=1e-12)  # the same operations in the same order
+    assert_same_buffers(results[0][1], results[1][1])
+
+
+def test_what_a_call_took_lives_as_long_as_its_graph():
+    layer = make_layer()
+    output = layer(torch.randn(6, 4, 3).double(), lengths=RAGGED)[0]
+    assert len(layer._calls) == 1
+    output.sum().backward()
+    del output
+    gc.collect()
+    assert len(layer._calls) == 0
+    assert not layer._graphless_calls
+
+
+def test_a_recomputation_without_its_forward_is_refused():
+    layer = make_layer()
+
+    class Rerun(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            layer(torch.randn(6, 4, 3).double(), lengths=RAGGED)
+            return gradient
+
+    before = buffers(layer)
+    with pytest.raises(RuntimeError, match="inside a backward pass"):
+        Rerun.apply(torch.ones(1, requires_grad=True)).sum().backward()
+    assert_same_buffers(before, buffers(layer))
