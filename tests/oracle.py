@@ -10,6 +10,7 @@ Cooijmans et al. 2016: BN(z; γ, β) = β + γ (z − E[z]) / √(Var[z] + ε), 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def learnt(slots: list[Slot], seen: dict[int, Slot], batch: int, momentum: float
 class Oracle:
     """Parameters (a dict of float64 tensors) and slots of one layer and direction."""
 
-    p: dict[str, Tensor | None]
+    p: dict[str, Any]
     slots: dict[str, list[Slot]]  # "ih", "hh", "c"
     rows: float = 0.0
     input_stats: str = "time"

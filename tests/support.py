@@ -38,7 +38,7 @@ def make_layer(input_size: int = 3, hidden_size: int = 4, *, seed: int = 0, seen
 
 
 def oracle_of(layer: BNLSTM, suffix: str = "_l0") -> Oracle:
-    """The oracle with this layer's parameters (the very tensors, so that gradients reach them) and a copy of its slots."""
+    """The oracle with this layer's parameters (the very tensors: gradients reach them) and a copy of its slots."""
     names = ("weight_ih", "weight_hh", "bias", "gamma_ih", "gamma_hh", "gamma_c", "beta_c")
     slots: dict[str, list[Slot]] = {}
     for norm in ("ih", "hh", "c"):

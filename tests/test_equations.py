@@ -30,9 +30,7 @@ def test_outputs_gradients_and_statistics_are_the_papers(
     inputs = [x, h0, c0, *layer.parameters()]
 
     output, (h_n, c_n) = layer(x, (h0, c0), lengths=lengths)
-    runs = [
-        oracle.run(x, lengths, h0[k], c0[k], training, reverse=k == 1) for k, oracle in enumerate(oracles)
-    ]
+    runs = [oracle.run(x, lengths, h0[k], c0[k], training, reverse=k == 1) for k, oracle in enumerate(oracles)]
     expected = [
         torch.cat([run[0] for run in runs], 2),
         torch.stack([run[1] for run in runs]),
@@ -127,7 +125,9 @@ def test_phantom_rows_are_rows():
             count.fill_(100)
     # four sequences, two of which end after the first step, so that step 1 has two rows and two phantoms
     x = torch.randn(2, 4, 3, dtype=torch.float64)
-    populations = {n: (getattr(layer, f"mean_{n}_l0")[0].clone(), getattr(layer, f"var_{n}_l0")[0].sqrt()) for n in ("ih", "hh")}
+    populations = {
+        n: (getattr(layer, f"mean_{n}_l0")[0].clone(), getattr(layer, f"var_{n}_l0")[0].sqrt()) for n in ("ih", "hh")
+    }
     output, (_, c_n) = layer(x, lengths=[2, 2, 1, 1])
     h_1 = output[0, :2]
 

@@ -214,7 +214,7 @@ def test_items_are_arguments():
         estimate_statistics(layer, batches, forward=forward)
         for name, value in expected.named_buffers():
             torch.testing.assert_close(dict(layer.named_buffers())[name], value, **CLOSE)
-    rows = [sequence for sequence in x.transpose(0, 1)]
+    rows = list(x.transpose(0, 1))
     for mode in ("batches", "whole"):
         loader = DataLoader(rows, batch_size=4, shuffle=True, collate_fn=lambda r: torch.stack(r, 1))
         layer = make_layer()

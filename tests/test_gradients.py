@@ -11,7 +11,6 @@ from triton_bnlstm import Parameters, bn_lstm, bptt, reference
 from triton_bnlstm.packing import Packing
 from triton_bnlstm.reference import Problem
 from triton_bnlstm.statistics import (
-    Statistics,
     population_at_steps,
     resolve_statistics,
     training_population,
@@ -66,7 +65,7 @@ def problems(layer, kind, training):
         if kind == "mask"
         else Packing.of_host_lengths(4, lengths if kind == "prefix" else torch.full((5,), 4), torch.device("cpu"))
     )
-    statistics: Statistics = layer._statistics_of("_l0")
+    statistics = layer._statistics_of("_l0")
     if training:
         population = training_population(statistics, packing, 0, None, over_time)
     else:

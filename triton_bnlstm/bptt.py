@@ -200,12 +200,12 @@ class _Layer(torch.autograd.Function):
     """`reference.forward` with the backward above; inputs are x, h_0, c_0 and the seven parameters."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, problem: Problem, moments: list[Statistics | None], *inputs: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         saved: list[Saved] = []
-        parameters = Parameters(*inputs[3:])
-        rows, h_n, c_n, own, z_x, used = reference.forward(*inputs[:3], parameters, problem, saved)
+        x, h, c, *parameters = inputs
+        rows, h_n, c_n, own, z_x, used = reference.forward(x, h, c, Parameters(*parameters), problem, saved)
         moments.append(own)
         flat = [tensor for step in saved for tensor in step]
         ctx.problem = problem
@@ -222,9 +222,10 @@ class _Layer(torch.autograd.Function):
         rows, z_x, mean, rstd = results
         width = len(Saved._fields)
         saved = [Saved(*flat[k : k + width]) for k in range(0, len(flat), width)]
-        parameters, result = Parameters(*inputs[3:]), (rows, z_x, Used(mean, rstd))
+        x, h, c, *parameters = inputs
+        result = rows, z_x, Used(mean, rstd)
         d_x, d_h, d_c, d_parameters = _backward(
-            *inputs[:3], parameters, ctx.problem, result, saved, gradients, needed[0]
+            x, h, c, Parameters(*parameters), ctx.problem, result, saved, gradients, needed[0]
         )
         return None, None, d_x, d_h, d_c, *d_parameters
 
@@ -234,8 +235,9 @@ def _differentiable_backward(
 ) -> list[Tensor | None]:
     """The same gradients with a graph of their own, from `reference.forward` run again."""
     # a view each, so that one tensor in two places gets its two gradients apart
-    views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-    outputs = reference.forward(*views[:3], Parameters(*views[3:]), problem)[:3]
+    views: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+    x, h, c, *parameters = views
+    outputs = reference.forward(x, h, c, Parameters(*parameters), problem)[:3]
     wanted = [view for view, need in zip(views, needed, strict=True) if need]
     found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needed]

@@ -36,13 +36,13 @@ def estimate_statistics(
     layer that the model does not call keeps its statistics, and after an error all do.
 
     Modes:
-        * ``"batches"``: each batch is normalised as in training, with the statistics at entry behind its phantom rows,
-          and the moments of all batches are merged by their rows. One pass; the order of the batches does not matter,
-          their composition does a little.
-        * ``"whole"``: the data set is one batch. Step t of all rows is normalised by what slot t, with what it inherits,
-          makes of them, so evaluating the same data reproduces this pass exactly, however it is split. The last slot
-          is that of the step it stands for alone. One pass for each BN-LSTM module in the order of their calls; inputs and
-          states of all rows are held at once.
+        * ``"batches"``: each batch is normalised as in training, with the statistics at entry behind its phantom
+          rows, and the moments of all batches are merged by their rows. One pass; the order of the batches does not
+          matter, their composition does a little.
+        * ``"whole"``: the data set is one batch. Step t of all rows is normalised by the statistics that these very
+          rows give slot t, so evaluating the same data reproduces this pass exactly, however it is split. The last
+          slot stands on the first step that it serves. One pass for each BN-LSTM module in the order of their calls;
+          inputs and states of all rows are held at once.
         * ``"paper"``: the plain average of the batches' means and variances, whatever their rows (Cooijmans et al.,
           section 3). One pass, normalised as in "batches".
 

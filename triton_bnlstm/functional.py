@@ -126,8 +126,6 @@ def bn_lstm(
         TypeError, ValueError: an argument is wrong; the message names it.
         RuntimeError: the backend cannot run here.
     """
-    like = parameters.weight_hh
-    hidden = like.shape[1]
     choose_backend(checks.choice("backend", backend, BACKENDS))
     checks.choice("input_stats", input_stats, INPUT_STATS)
     checks.real("eps", eps, above=0)
@@ -135,6 +133,8 @@ def bn_lstm(
         checks.real("prior_count", prior_count, minimum=0)
     checks.integer("start", start, 0)
     _check_parameters(parameters)
+    like = parameters.weight_hh
+    hidden = like.shape[1]
     _check_statistics(statistics, parameters, input_stats)
     checks.rows_of_input(input, parameters.weight_ih.shape[1], False, like)
     if isinstance(input, Tensor) and input.dim() != 3:
