@@ -25,43 +25,59 @@ _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # (gradient, sig
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
 
 
-def _norm_backward(
-    dy: Tensor,
-    deviation: Tensor,
-    scale: Tensor,
-    rstd: Tensor,
-    inverse: Tensor | None,
-    mask: Tensor | None,
-    out: Tensor,
-    sum_dy: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Backward of y = γ·ẑ over rows: writes the gradient of z to `out` and returns the sums Σdy and Σdy·ẑ.
+class _NormBackward:
+    """Backward of one batch norm y = γ·ẑ in every step: dz = γ·rstd · (dy − Σdy/(n+κ) − ẑ·Σ(dy·ẑ)/(n+κ)).
 
-    dz = scale · (dy − Σdy/(n+κ) − ẑ·Σ(dy·ẑ)/(n+κ)), with ẑ = deviation·rstd and scale = γ·rstd.
-    dy, deviation, out [n, C]; scale, rstd, sum_dy [C]; inverse is 1/(n+κ), or None for statistics that are constants.
-    dy is zero in rows that mask [n, 1] leaves out.
+    What does not depend on dy is made for all steps before the loop, and sums over steps are taken after it.
+
+    Args:
+        gamma: [C].
+        rstd: [T, C], 1/√(var + ε) of each step.
+        inverse: [T], 1/(n+κ), or None for statistics that are constants.
     """
-    if sum_dy is None:
-        sum_dy = dy.sum(0)
-    sum_dy_z = (dy * deviation).sum(0) * rstd
-    if inverse is None:
-        torch.mul(dy, scale, out=out)
-        return sum_dy, sum_dy_z
-    shared = scale * inverse
-    torch.addcmul(-shared * sum_dy, deviation, -shared * rstd * sum_dy_z, out=out).addcmul_(dy, scale)
-    if mask is not None:
-        out.mul_(mask)
-    return sum_dy, sum_dy_z
+
+    def __init__(self, gamma: Tensor, rstd: Tensor, inverse: Tensor | None) -> None:
+        self.rstd = rstd
+        scale = gamma * rstd
+        self.scale = scale.unbind()
+        self.sum_dy, self.sum_dy_deviation = torch.empty_like(scale), torch.empty_like(scale)
+        self.frozen = inverse is None
+        if inverse is not None:
+            shared = -scale * inverse[:, None]
+            self.of_sum, self.of_product = shared.unbind(), (shared * rstd.square()).unbind()
+
+    def __call__(self, t: int, dy: Tensor, deviation: Tensor, mask: Tensor | None, out: Tensor) -> None:
+        """Gradient dz of step t to `out`, which is not dy; dy, deviation, out [n, C].
+
+        dy is zero in rows that mask [n, 1] leaves out.
+        """
+        sum_dy = torch.sum(dy, 0, out=self.sum_dy[t])
+        product = torch.sum(dy * deviation, 0, out=self.sum_dy_deviation[t])
+        if self.frozen:
+            torch.mul(dy, self.scale[t], out=out)
+            return
+        torch.addcmul(self.of_sum[t] * sum_dy, deviation, self.of_product[t] * product, out=out)
+        out.addcmul_(dy, self.scale[t])
+        if mask is not None:
+            out.mul_(mask)
+
+    def gamma_gradient(self) -> Tensor:
+        """Σ dy·ẑ over all rows and steps, [C]."""
+        return (self.sum_dy_deviation * self.rstd).sum(0)
+
+    def shift_gradient(self) -> Tensor:
+        """Σ dy over all rows and steps, [C]: the gradient of whatever is added to y."""
+        return self.sum_dy.sum(0)
 
 
-def _inverse_counts(problem: Problem, dtype: torch.dtype) -> list[Tensor | None]:
-    """1/(n_t + κ_t) per step."""
+def _inverse_counts(problem: Problem, dtype: torch.dtype) -> Tensor | None:
+    """1/(n_t + κ_t), [T]; None where statistics are constants."""
     if problem.frozen:
-        return [None] * len(problem.packing.sizes)
+        return None
     inverse = problem.packing.count.clamp_min(1).reciprocal()
     if problem.population is not None:
         inverse = inverse * cast(Tensor, problem.population.weight)
-    return list(inverse.to(dtype).unbind())
+    return inverse.to(dtype)
 
 
 def _blocks(sizes: tuple[int, ...], rows: int) -> list[tuple[int, int]]:
@@ -94,26 +110,31 @@ def _backward(
     packing, sizes = problem.packing, problem.packing.sizes
     p = parameters
     dtype, wide = p.weight_hh.dtype, accumulation_dtype(p.weight_hh.dtype)
-    hidden = p.weight_hh.shape[1]
     rows, z_x, used = result
-    steps = len(sizes)
-    gamma_ih, gamma_hh = p.gamma_ih.to(wide), p.gamma_hh.to(wide)
-    gamma_c, beta_c = (None if s is None else s.to(wide) for s in (p.gamma_c, p.beta_c))
-    inverses = _inverse_counts(problem, wide)
+    steps, columns = len(sizes), p.weight_hh.shape[0]
+    inverse = _inverse_counts(problem, wide)
     masks = None if packing.mask is None else packing.mask.split(sizes)
-    mean_x, rstd_x, scale_x = (s.expand(steps, -1).unbind() for s in (used.mean, used.rstd, gamma_ih * used.rstd))
     h_rows, z_x_rows, d_rows = rows.split(sizes), z_x.split(sizes), gradients[0].to(wide).split(sizes)
 
-    d_weight_ih, d_weight_hh = (torch.zeros_like(w, dtype=wide) for w in (p.weight_ih, p.weight_hh))
-    d_bias, d_gamma_ih, d_gamma_hh = (torch.zeros_like(gamma_hh) for _ in range(3))
-    d_gamma_c, d_beta_c = (torch.zeros(hidden, dtype=wide, device=x.device) for _ in range(2))
-    d_x = torch.empty_like(x) if x_needs_gradient else None
     # Statistics over whole sequences need the gradients of all rows before they can give that of any row.
     by_sequence = not problem.over_time and not problem.frozen
+    norm_hh = _NormBackward(p.gamma_hh.to(wide), torch.stack([step.rstd for step in saved]), inverse)
+    if by_sequence:
+        inverse_x = packing.count.sum().reciprocal().to(wide)[None]
+        norm_ih = _NormBackward(p.gamma_ih.to(wide), used.rstd, inverse_x)
+    else:
+        norm_ih = _NormBackward(p.gamma_ih.to(wide), used.rstd.expand(steps, -1), inverse)
+        mean_x = used.mean.expand(steps, -1).unbind()
+    norm_c = None
+    if p.gamma_c is not None and p.beta_c is not None:
+        rstd_c = torch.stack([cast(Tensor, step.c_rstd) for step in saved])
+        norm_c, beta_c = _NormBackward(p.gamma_c.to(wide), rstd_c, inverse), p.beta_c.to(wide)
 
+    d_weight_ih, d_weight_hh = (torch.zeros_like(w, dtype=wide) for w in (p.weight_ih, p.weight_hh))
+    d_x = torch.empty_like(x) if x_needs_gradient else None
     blocks = _blocks(sizes, x.shape[0] if by_sequence else _BLOCK_ROWS)
     most = max(sum(sizes[first:last]) for first, last in blocks)
-    gates_of_block, d_z_of_block, d_z_x_of_block = (x.new_empty(most, 4 * hidden, dtype=wide) for _ in range(3))
+    d_a_of_block, d_z_of_block, d_z_x_of_block = (x.new_empty(most, columns, dtype=wide) for _ in range(3))
 
     d_h_n, d_c_n = gradients[1].to(wide), gradients[2]
     d_h, d_c = d_h_n[:0], d_c_n[:0]
@@ -121,10 +142,10 @@ def _backward(
     for first, last in blocks:
         held = sum(sizes[first:last])
         begin = end - held
-        d_a_block, d_z_block, d_z_x_block = (s[:held] for s in (gates_of_block, d_z_of_block, d_z_x_of_block))
+        d_a_block, d_z_block, d_z_x_block = (s[:held] for s in (d_a_of_block, d_z_of_block, d_z_x_of_block))
         d_as, d_zs, d_zs_x = (s.split(sizes[first:last]) for s in (d_a_block, d_z_block, d_z_x_block))
         for t in reversed(range(first, last)):
-            n, step, inverse = sizes[t], saved[t], inverses[t]
+            n, step = sizes[t], saved[t]
             mask = None if masks is None else masks[t]
             if n > d_h.shape[0]:  # sequences whose last step this is
                 d_h = torch.cat([d_h, d_h_n[d_h.shape[0] : n]])
@@ -135,20 +156,17 @@ def _backward(
             if mask is not None:
                 d_h_new, d_c_new = d_h_new * mask, d_c * mask
 
-            d_squashed = d_h_new * o
-            if gamma_c is None or beta_c is None:
+            through = d_h_new * o  # gradient of tanh's output, then of its input, then of c
+            if norm_c is None:
                 squashed = step.c.tanh()
-                d_c_new = d_c_new + _tanh_backward(d_squashed, squashed, grad_input=d_squashed)
+                _tanh_backward(through, squashed, grad_input=through)
             else:
-                deviation, rstd = cast(Tensor, step.c_deviation), cast(Tensor, step.c_rstd)
-                scale = gamma_c * rstd
-                squashed = torch.addcmul(beta_c, deviation, scale).tanh()
-                dy = _tanh_backward(d_squashed, squashed, grad_input=d_squashed)
-                d_normed = torch.empty_like(dy)
-                sum_dy, sum_dy_z = _norm_backward(dy, deviation, scale, rstd, inverse, mask, d_normed)
-                d_beta_c += sum_dy
-                d_gamma_c += sum_dy_z
-                d_c_new = d_c_new + d_normed
+                c_deviation = cast(Tensor, step.c_deviation)
+                squashed = torch.addcmul(beta_c, c_deviation, norm_c.scale[t]).tanh()
+                _tanh_backward(through, squashed, grad_input=through)
+                dy, through = through, torch.empty_like(through)
+                norm_c(t, dy, c_deviation, mask, out=through)
+            d_c_new = d_c_new + through
 
             d_a = d_as[t - first]  # [n, 4H]
             d_i, d_f, d_g, d_o = d_a.chunk(4, 1)
@@ -157,26 +175,17 @@ def _backward(
             _tanh_backward(d_c_new * i, g, grad_input=d_g)
             _sigmoid_backward(d_h_new * squashed, o, grad_input=d_o)
 
-            d_z = d_zs[t - first]
-            scale = gamma_hh * step.rstd
-            sum_da, sum_da_z = _norm_backward(d_a, step.deviation, scale, step.rstd, inverse, mask, d_z)
-            d_bias += sum_da
-            d_gamma_hh += sum_da_z
+            norm_hh(t, d_a, step.deviation, mask, out=d_zs[t - first])
             if not by_sequence:
-                deviation, d_z_x = z_x_rows[t] - mean_x[t], d_zs_x[t - first]
-                _, sum_da_z = _norm_backward(d_a, deviation, scale_x[t], rstd_x[t], inverse, mask, d_z_x, sum_da)
-                d_gamma_ih += sum_da_z
+                norm_ih(t, d_a, z_x_rows[t] - mean_x[t], mask, out=d_zs_x[t - first])
 
-            d_h_old, d_c_old = (d_z.to(dtype) @ p.weight_hh).to(wide), d_c_new * f
+            d_h_old, d_c_old = (d_zs[t - first].to(dtype) @ p.weight_hh).to(wide), d_c_new * f
             if mask is not None:  # a finished row's state passes through
                 d_h_old, d_c_old = torch.where(mask, d_h_old, d_h), torch.where(mask, d_c_old, d_c)
             d_h, d_c = d_h_old, d_c_old
 
         if by_sequence:
-            inverse = packing.count.sum().reciprocal().to(wide)
-            _, d_gamma_ih = _norm_backward(
-                d_a_block, z_x - used.mean, scale_x[0], rstd_x[0], inverse, packing.mask, d_z_x_block, d_bias
-            )
+            norm_ih(0, d_a_block, z_x - used.mean, packing.mask, out=d_z_x_block)
         h_before = [h_rows[t - 1][: sizes[t]] if t > 0 else h_0 for t in range(first, last)]
         d_weight_hh += d_z_block.to(dtype).t() @ torch.cat(h_before)
         d_weight_ih += d_z_x_block.to(dtype).t() @ x[begin:end]
@@ -187,11 +196,11 @@ def _backward(
     d_parameters = Parameters(
         d_weight_ih.to(dtype),
         d_weight_hh.to(dtype),
-        None if p.bias is None else d_bias.to(dtype),
-        d_gamma_ih.to(dtype),
-        d_gamma_hh.to(dtype),
-        None if gamma_c is None else d_gamma_c.to(dtype),
-        None if gamma_c is None else d_beta_c.to(dtype),
+        None if p.bias is None else norm_hh.shift_gradient().to(dtype),
+        norm_ih.gamma_gradient().to(dtype),
+        norm_hh.gamma_gradient().to(dtype),
+        None if norm_c is None else norm_c.gamma_gradient().to(dtype),
+        None if norm_c is None else norm_c.shift_gradient().to(dtype),
     )
     return d_x, d_h.to(h_0.dtype), d_c, d_parameters
 

@@ -21,7 +21,7 @@ from .packing import Packing
 from .statistics import Moments, Population, Statistics
 
 # Rows of the input side that are looked at together, of all steps at once.
-_BLOCK_ROWS = 1024
+_BLOCK_ROWS = 256
 
 
 class Parameters(NamedTuple):
@@ -43,7 +43,7 @@ class Parameters(NamedTuple):
 def update_cell(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Pre-activation a [n, 4H] and cell state [n, H] → gates i, f, g, o and the new cell state, each [n, H]."""
     i, f, g, o = a.chunk(4, 1)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.contiguous().tanh(), o.sigmoid()  # tanh of a strided view is slow
     return i, f, g, o, torch.addcmul(f * c, i, g)
 
 

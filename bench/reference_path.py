@@ -1,0 +1,123 @@
+"""Is the reference path slow for nothing? `python -m bench.reference_path`
+
+A training step (forward and backward) of three layers of the same size, measured in one process in interleaved rounds:
+torch's nn.LSTM, which has no batch norm; the loop that people write, two F.batch_norm calls per step under autograd;
+and this library's reference path through its layer, population statistics included. Only the ratios mean something:
+this is the eager path that serves where there are no kernels, not the library's performance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from triton_bnlstm import BNLSTM
+
+
+class BatchNormLoop(nn.Module):
+    """Recurrent batch normalisation as a loop of F.batch_norm over steps; gates i, f, g, o; equal lengths only."""
+
+    def __init__(self, input_size: int, hidden_size: int, max_length: int) -> None:
+        super().__init__()
+        columns = 4 * hidden_size
+        self.weight_ih = nn.Parameter(torch.randn(columns, input_size) * input_size**-0.5)
+        self.weight_hh = nn.Parameter(nn.init.orthogonal_(torch.empty(columns, hidden_size)))
+        self.bias = nn.Parameter(torch.zeros(columns))
+        self.gamma_ih = nn.Parameter(torch.full((columns,), 0.1))
+        self.gamma_hh = nn.Parameter(torch.full((columns,), 0.1))
+        for name in ("ih", "hh"):
+            self.register_buffer(f"mean_{name}", torch.zeros(max_length, columns))
+            self.register_buffer(f"var_{name}", torch.ones(max_length, columns))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input [T, B, D] → output [T, B, H]."""
+        h = c = x.new_zeros(x.shape[1], self.weight_hh.shape[1])
+        outputs = []
+        slots = zip(*(b.unbind() for b in self.buffers()), strict=True)  # mean_ih, var_ih, mean_hh, var_hh
+        for x_t, (mean_ih, var_ih, mean_hh, var_hh) in zip(x, slots, strict=False):
+            a = F.batch_norm(F.linear(x_t, self.weight_ih), mean_ih, var_ih, self.gamma_ih, None, True)
+            a = a + F.batch_norm(F.linear(h, self.weight_hh), mean_hh, var_hh, self.gamma_hh, self.bias, True)
+            i, f, g, o = a.chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            outputs.append(h)
+        return torch.stack(outputs)
+
+
+def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, one call of every step per round, after a warm-up round."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if number:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.reference_path",
+        description="Ratios of a training step on the CPU: nn.LSTM, a loop of F.batch_norm, the reference path.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name, default, text in (
+        ("steps", 100, "time steps T"),
+        ("batch", 64, "sequences B"),
+        ("input", 64, "features D"),
+        ("hidden", 256, "hidden units H"),
+        ("threads", 2, "threads of torch"),
+        ("rounds", 25, "rounds; the median counts"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    size = parser.parse_args()
+    torch.set_num_threads(size.threads)
+    torch.manual_seed(0)
+
+    x = torch.randn(size.steps, size.batch, size.input, requires_grad=True)
+    lengths = torch.linspace(size.steps // 4, size.steps, size.batch).long()
+    lstm = nn.LSTM(size.input, size.hidden)
+    loop = BatchNormLoop(size.input, size.hidden, size.steps)
+    layer = BNLSTM(size.input, size.hidden, max_length=size.steps, backend="reference")
+
+    def step(forward: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            for p in (x, *lstm.parameters(), *loop.parameters(), *layer.parameters()):
+                p.grad = None
+            forward().sum().backward()
+
+        return run
+
+    found = measure(
+        {
+            "nn.LSTM (no batch norm)": step(lambda: lstm(x)[0]),
+            "F.batch_norm per step": step(lambda: loop(x)),
+            "BNLSTM, reference path": step(lambda: layer(x)[0]),
+            "BNLSTM, lengths T/4…T": step(lambda: layer(x, lengths=lengths)[0]),
+        },
+        size.rounds,
+    )
+    base, looped = list(found.values())[:2]
+    title = f"Training step on a CPU, T={size.steps} B={size.batch} D={size.input} H={size.hidden}, ratios"
+    table = Table(title=title, caption=f"torch {torch.__version__}, {size.threads} threads, {platform.machine()}")
+    table.add_column("layer")
+    table.add_column("to nn.LSTM", justify="right")
+    table.add_column("to the loop", justify="right")
+    for name, seconds in found.items():
+        table.add_row(name, f"{seconds / base:.2f}", f"{seconds / looped:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
