@@ -106,7 +106,7 @@ def load_digits() -> Task:
     labels = torch.from_numpy(found.target).long()
     train, test = split(labels)
     pixels = torch.from_numpy(found.data).float() / 16
-    return Task("digits", "Digits, pixel by pixel", list(pixels[:, :, None]), labels, train, test, classes=10)
+    return Task("digits", "Pixel digits", list(pixels[:, :, None]), labels, train, test, classes=10)
 
 
 def load_spoken() -> Task:

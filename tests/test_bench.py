@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -181,6 +183,15 @@ def test_scores(spoken: data.Task) -> None:
     assert output.with_error(0.5, 100) == "50.0 ± 5.0"
 
 
+def test_evaluation_uses_population_statistics_and_leaves_them(spoken: data.Task) -> None:
+    model = training.Classifier("BN-LSTM", spoken, training.Settings(steps=1, hidden_size=4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scores = training.evaluate(model, spoken, CPU)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    alone = [training.evaluate(model, dataclasses.replace(spoken, test=part), CPU) for part in spoken.test.split(100)]
+    assert sum(each.loss for each in alone) / len(alone) == pytest.approx(scores.loss, rel=1e-6)
+
+
 def run_main(out: Path, *arguments: str) -> dict[str, Any]:
     assert main(["--device", "cpu", "--out", str(out), *arguments]) == 0
     (plot,) = out.glob("*.png")
@@ -236,9 +247,24 @@ def test_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"losses": [1.0, None, None]}
 
 
-def test_no_bars_in_a_pipe_even_with_forced_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_bars_in_a_pipe_even_with_forced_colour(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert not output.Bars(Console()).live
+    with output.Bars(Console()) as bars:
+        move, _ = bars.start("task", 10)
+        move(5, 0.25)
+    assert capsys.readouterr().out == ""
+
+
+def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with output.Bars(Console(force_terminal=True, width=80, _environ={"TERM": "xterm"})) as bars:
+        move, _ = bars.start("task", 10)
+        move(5, 0.25)
+    printed = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    for text in ("task", "5/10", "loss 0.2500"):
+        assert text in printed
 
 
 def test_help_needs_no_package() -> None:

@@ -99,9 +99,9 @@ def moments_of_rows(
     With a mask only valid rows count, `count` of them (to broadcast against the mean); the others must be finite.
     """
     if mask is None:
-        mean = z.mean(dim)
-        deviation = z - mean.unsqueeze(dim)
-        return mean, deviation.square().mean(dim), deviation
+        mean = z.mean(dim, keepdim=True)
+        deviation = z - mean
+        return mean.squeeze(dim), deviation.square().mean(dim), deviation
     mean = (z * mask).sum(dim) / count
     deviation = z - mean.unsqueeze(dim)
     return mean, (deviation * mask).square().sum(dim) / count, deviation
