@@ -10,6 +10,9 @@ from hypothesis import settings
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci")
 
+# Tensors here are tiny: more threads would only wait for each other, for minutes where cores are shared.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed():

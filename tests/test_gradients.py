@@ -99,6 +99,17 @@ def test_handwritten_backward_is_autograds(cell_norm, input_stats, kind, trainin
         torch.testing.assert_close(a, e, **CLOSE)
 
 
+def test_input_moments_of_all_steps_at_once_are_those_of_each(monkeypatch):
+    """How an accelerator takes them, tried on the CPU."""
+    x, results = torch.randn(4, 5, 3).double(), []
+    for apart in (True, False):
+        monkeypatch.setattr(reference, "_one_step_at_a_time", lambda z, packing, apart=apart: apart)
+        layer = make_layer()
+        results.append([layer(x)[0], layer.mean_ih_l0, layer.var_ih_l0])
+    for one, all_at_once in zip(*results, strict=True):
+        torch.testing.assert_close(all_at_once, one, **CLOSE)
+
+
 @pytest.mark.parametrize("wanted", ["x", "h", "gamma", "nothing"])
 def test_only_what_is_needed_gets_a_gradient(wanted):
     layer = make_layer().requires_grad_(False)

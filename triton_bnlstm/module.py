@@ -52,7 +52,9 @@ class BNLSTM(BNLSTMBase):
         recurrent_init: "orthogonal" or "identity", for each gate's recurrent matrix.
         forget_bias: initial bias of the forget gate.
         initial_noise: standard deviation of Gaussian noise on h_0, in training and when hx is not given: columns that
-            are constant at the first steps (the black frame of MNIST) then have a variance.
+            are constant at the first steps (the black frame of MNIST) then have a variance. `estimate_statistics`
+            leaves it out, so first steps are then normalised by smaller variances than the running statistics have:
+            compare both on held-out data, or give the noise as hx through its `forward`.
         backend: "auto", "reference" or "triton".
         device, dtype: of the parameters. Statistics are float32 (float64 for float64 parameters), counts float64.
 

@@ -10,7 +10,6 @@ parameters' dtype; matrix products are in the parameters' dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -19,9 +18,6 @@ from torch import Tensor
 
 from .packing import Packing
 from .statistics import Moments, Population, Statistics
-
-# Rows of the input side that are looked at together, of all steps at once.
-_BLOCK_ROWS = 256
 
 
 class Parameters(NamedTuple):
@@ -91,20 +87,18 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def moments_of_rows(
-    z: Tensor, mask: Tensor | None, count: Tensor | float, dim: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance over `dim`, and the deviations z − mean that the variance is made of.
+def moments_of_rows(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance of rows [n, .., C], and the deviations z − mean that the variance is made of."""
+    mean = z.mean(0)
+    deviation = z - mean
+    return mean, (deviation * deviation).mean(0), deviation
 
-    With a mask only valid rows count, `count` of them (to broadcast against the mean); the others must be finite.
-    """
-    if mask is None:
-        mean = z.mean(dim, keepdim=True)
-        deviation = z - mean
-        return mean.squeeze(dim), deviation.square().mean(dim), deviation
-    mean = (z * mask).sum(dim) / count
-    deviation = z - mean.unsqueeze(dim)
-    return mean, (deviation * mask).square().sum(dim) / count, deviation
+
+def _moments_of_valid_rows(z: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of those rows [.., n, C] that mask [.., n, 1] keeps, `count` of them; the others must be finite."""
+    mean = (z * mask).sum(-2) / count
+    deviation = z - mean.unsqueeze(-2)
+    return mean, (deviation * mask).square().sum(-2) / count, deviation
 
 
 def _fill_seats(mean: Tensor, var: Tensor, population: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,21 +113,26 @@ def _input_moments(z: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     packing = problem.packing
     count = packing.count.to(z.dtype)
     if not problem.over_time:
-        mean, var, _ = moments_of_rows(z, packing.mask, count.sum())
+        mask = packing.mask
+        mean, var, _ = moments_of_rows(z) if mask is None else _moments_of_valid_rows(z, mask, count.sum())
         return mean[None], var[None]
-    batch, columns = packing.batch, z.shape[1]
-    if packing.sizes[-1] != batch:  # ragged: steps differ in their number of rows
-        found = [moments_of_rows(part, None, 1.0) for part in z.split(packing.sizes)]
-        return torch.stack([mean for mean, _, _ in found]), torch.stack([var for _, var, _ in found])
-    # A few steps at a time: temporaries as large as z itself cost more than the arithmetic.
-    together = max(1, _BLOCK_ROWS // batch)
-    blocks = z.view(-1, batch, columns).split(together)
-    counts = count.clamp_min(1)[:, None].split(together)
-    masks: Sequence[Tensor | None] = [None] * len(blocks)
+    by_step = (-1, packing.batch, z.shape[1])
     if packing.mask is not None:
-        masks = packing.mask.view(-1, batch, 1).split(together)
-    found = [moments_of_rows(z, mask, n, dim=1) for z, mask, n in zip(blocks, masks, counts, strict=True)]
-    return torch.cat([mean for mean, _, _ in found]), torch.cat([var for _, var, _ in found])
+        mask, count = packing.mask.view(-1, packing.batch, 1), count.clamp_min(1)[:, None]
+        mean, var, _ = _moments_of_valid_rows(z.view(by_step), mask, count)
+        return mean, var
+    if _one_step_at_a_time(z, packing):
+        found = [moments_of_rows(part) for part in z.split(packing.sizes)]
+        return torch.stack([mean for mean, _, _ in found]), torch.stack([var for _, var, _ in found])
+    mean, var, _ = moments_of_rows(z.view(by_step).transpose(0, 1))
+    return mean, var
+
+
+def _one_step_at_a_time(z: Tensor, packing: Packing) -> bool:
+    """Steps differ in their number of rows; or z is on a CPU, where a step's rows stay in the cache between the passes
+    over them, so that it takes half the time of all steps at once.
+    """
+    return packing.sizes[-1] != packing.batch or z.device.type == "cpu"
 
 
 def _use_input_statistics(z: Tensor, problem: Problem) -> tuple[Used, Moments | None]:
@@ -176,7 +175,8 @@ class _StepNorm:
         if self.frozen:
             mean, var = self.population[t]
             return z - mean, (var + eps).rsqrt()
-        mean, var, deviation = moments_of_rows(z, mask, self.count[t])
+        own = moments_of_rows(z) if mask is None else _moments_of_valid_rows(z, mask, self.count[t])
+        mean, var, deviation = own
         self.means.append(mean.detach())
         self.vars.append(var.detach())
         if mask is not None or z.shape[0] < self.problem.packing.batch:

@@ -87,9 +87,9 @@ def merge(a: Moments, b: Moments) -> Moments:
     count = a.count + b.count
     share = torch.where(count > 0, b.count / count.clamp_min(torch.finfo(count.dtype).tiny), 0)
     share = share.to(a.mean.dtype)[:, None]
-    mean = (1 - share) * a.mean + share * b.mean
-    var = (1 - share) * a.var + share * b.var + share * (1 - share) * (b.mean - a.mean).square()
-    return Moments(mean, var, count)
+    gap = b.mean - a.mean
+    var = torch.lerp(a.var, b.var, share).addcmul_(share * (1 - share) * gap, gap)  # lerp is exact at both its ends
+    return Moments(torch.lerp(a.mean, b.mean, share), var, count)
 
 
 def pool(moments: Moments) -> Moments:
@@ -164,7 +164,8 @@ def update_statistics(
 def all_finite(moments: Statistics) -> Tensor:
     """0-d bool: every mean and variance is finite. Stays on the device."""
     norms = [m for m in moments[:3] if m is not None]
-    return torch.stack([s.isfinite().all() for m in norms for s in (m.mean, m.var)]).all()
+    extremes = [extreme for m in norms for s in (m.mean, m.var) for extreme in torch.aminmax(s)]  # NaN is both
+    return torch.stack(extremes).isfinite().all()
 
 
 def _scan(factor: Tensor, offset: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def _moments_of_parts(parts: list[Tensor]) -> Moments:
     """Moments of the rows of all parts [n, C] together, as [1, C] float64."""
     total: Moments | None = None
     for z in parts:
-        mean, var, _ = moments_of_rows(z, None, 1.0)
+        mean, var, _ = moments_of_rows(z)
         own = Moments(mean[None].double(), var[None].double(), mean.new_full((1,), len(z), dtype=torch.float64))
         total = own if total is None else merge(total, own)
     assert total is not None
