@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from . import checks, functional
 from .backend import BACKENDS
@@ -346,7 +347,16 @@ class BNLSTMBase(nn.Module):
         return Pass(x, torch.stack(h_n), torch.stack(c_n), moments)
 
     def _run(self, x: Tensor, packing: Packing, hx: States | None, start: int) -> Pass:
-        """A call of the layer: by its mode, and in training with the one write to the statistics."""
+        """A call of the layer: by its mode, and in training with the one write to the statistics.
+
+        torch.compile leaves it as it is, with a graph break: a loop over steps would take minutes to trace, and a
+        write to the statistics has no place in a graph.
+        """
+        if torch.compiler.is_compiling():
+            return _run_uncompiled(self, x, packing, hx, start)
+        return self._run_eagerly(x, packing, hx, start)
+
+    def _run_eagerly(self, x: Tensor, packing: Packing, hx: States | None, start: int) -> Pass:
         if self._intercept is not None:
             return self._intercept(x, packing, hx, start)
         if self.training:
@@ -428,6 +438,10 @@ class BNLSTMBase(nn.Module):
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+# Lazily: importing torch._dynamo takes a second, which nobody should pay who does not compile.
+_run_uncompiled = _disable_dynamo(BNLSTMBase._run_eagerly)
 
 
 def _orthogonal_(weight: Tensor) -> None:
