@@ -179,7 +179,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(finite(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_plot(path: Path, outcomes: list[Outcome], device: str) -> None:
+def write_plot(path: Path, outcomes: list[Outcome], device: str, seed: int) -> None:
     """Training loss and test accuracy against steps, a column for each task."""
     figure = Figure(figsize=(1.5 + 5 * len(outcomes), 7.5), dpi=130, layout="constrained")
     axes = figure.subplots(2, len(outcomes), squeeze=False, sharex="col")
@@ -193,7 +193,9 @@ def write_plot(path: Path, outcomes: list[Outcome], device: str) -> None:
         lower.margins(y=0.08)
         lower.set_ylim(top=1.02)
         lower.set_xlabel("training steps")
-    figure.suptitle(f"{' and '.join(MODELS)}: same batches, optimiser and learning rate\n{device}", fontsize=12)
+    figure.suptitle(
+        f"{' and '.join(MODELS)}: same batches, optimiser and learning rate\n{device}, seed {seed}", fontsize=12
+    )
     figure.savefig(path)
 
 
@@ -240,17 +242,27 @@ def _finish(axes: Axes, title: str, y: str) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def notes(device: torch.device) -> list[str]:
+def notes(outcomes: Iterable[Outcome], device: torch.device) -> list[str]:
     """What a reader of the figures has to know."""
-    return [CHANCE_NOTE, CPU_NOTE] if device.type == "cpu" else [CHANCE_NOTE]
+    options = [
+        f"BN-LSTM on {outcome.task.title.lower()}: cell_norm={s.cell_norm}, input_stats={s.input_stats!r}, "
+        f"initial_noise={s.initial_noise:g}; the layer's defaults are False, 'time', 0."
+        for outcome in outcomes
+        for s in [outcome.settings]
+    ]
+    return [*options, CHANCE_NOTE, *([CPU_NOTE] if device.type == "cpu" else [])]
 
 
-def show(console: Console, outcomes: Iterable[Outcome], device: torch.device, files: list[Path]) -> None:
-    """Print the tables, what to know about them, and where the files are."""
+def show(console: Console, outcomes: list[Outcome], device: torch.device) -> None:
+    """Print the tables and what to know about them."""
     for outcome in outcomes:
         console.print()
         console.print(table(outcome))
-    for note in notes(device):
+    for note in notes(outcomes, device):
         console.print(note, style="dim", highlight=False)
+
+
+def show_files(console: Console, files: Iterable[Path]) -> None:
+    """Print where the figures and the plot are."""
     for path in files:
         console.print(f"Wrote {path}", highlight=False, markup=False, soft_wrap=True)

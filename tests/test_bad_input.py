@@ -41,6 +41,7 @@ CALLS = {
         "lengths: a PackedSequence",
     ),
     "hx one": ((X, STATE), {}, TypeError, "hx must be a pair"),
+    "lengths in hx's place": ((X, [6] * 5), {}, TypeError, "hx must be a pair.*lengths and start follow it by name"),
     "hx three": ((X, (STATE,) * 3), {}, TypeError, "hx must be a pair"),
     "hx list": ((X, ([0.0], STATE)), {}, TypeError, r"hx\[0\]"),
     "hx rank": ((X, (STATE[0], STATE)), {}, ValueError, r"hx\[0\] \(h_0\) must have shape \(1, 5, 4\)"),
@@ -123,7 +124,7 @@ def test_good_forms_of_lengths_and_numbers():
     ):
         assert torch.equal(make_layer()(X, lengths=lengths)[0], expected)
     layer(X, start=np.int64(2))
-    BNLSTM(np.int32(3), 4, max_length=np.int64(5))
+    BNLSTM(np.int32(3), 4, 2, dropout=np.float32(0.5), max_length=np.int64(5))
 
 
 FUNCTIONAL = {

@@ -279,8 +279,9 @@ def test_bad_arguments():
         estimate_statistics(lambda x: x, [data()])
     with pytest.raises(ValueError, match="mode"):
         estimate_statistics(layer, [data()], "all")
-    with pytest.raises(TypeError, match="batches"):
-        estimate_statistics(layer, 3)
+    for batches in (3, data()):
+        with pytest.raises(TypeError, match="batches must be an iterable of items"):
+            estimate_statistics(layer, batches)
     with pytest.raises(TypeError, match="iterator"):
         estimate_statistics(layer, iter([data()]), "whole")
     for mode in ("batches", "whole"):
@@ -288,7 +289,7 @@ def test_bad_arguments():
             estimate_statistics(layer, [], mode)
     with pytest.raises(ValueError, match="BNLSTM"):
         estimate_statistics(nn.Linear(2, 2), [data()])
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="batches: an item has a batch of one sequence"):
         estimate_statistics(layer, [data()[:, :1]])
     estimate_statistics(layer, [data()[:, :1], data()[:, 1:]], "whole")  # one row is no batch there
     with pytest.raises(ValueError, match="start"):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import re
 from pathlib import Path
 
-import triton_bnlstm.module
+import pytest
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -18,9 +19,10 @@ def test_every_python_example_runs():
         exec(compile(example, "README.md", "exec"), {})
 
 
-def test_the_layers_docstring_example_runs():
-    assert doctest.testmod(triton_bnlstm.module).attempted == 3
-    assert doctest.testmod(triton_bnlstm.module).failed == 0
+@pytest.mark.parametrize(("name", "examples"), [("module", 3), ("estimate", 6)])
+def test_docstring_examples_run(name, examples):
+    done = doctest.testmod(importlib.import_module(f"triton_bnlstm.{name}"))
+    assert (done.attempted, done.failed) == (examples, 0)
 
 
 def test_ci_finds_the_test_command():

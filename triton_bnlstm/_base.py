@@ -253,9 +253,10 @@ class BNLSTMBase(nn.Module):
             saved = state_dict.get(f"{prefix}mean_hh{suffix}")
             if isinstance(saved, Tensor) and saved.dim() == 2 and saved.shape[0] != self.max_length:
                 raise ValueError(
-                    f"max_length: this state_dict was saved with max_length={saved.shape[0]}, the layer has "
-                    f"max_length={self.max_length}. Call set_max_length({saved.shape[0]}) on the layer, load the "
-                    f"state_dict, then call set_max_length({self.max_length})"
+                    f"max_length: this state_dict was saved with max_length={saved.shape[0]}, the layer "
+                    f"{prefix.rstrip('.') or type(self).__name__} has max_length={self.max_length}. Call "
+                    f"set_max_length({saved.shape[0]}) on it, load the state_dict, then call "
+                    f"set_max_length({self.max_length})"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._forget_the_moment()

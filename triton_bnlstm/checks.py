@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -34,8 +35,9 @@ def real(
     maximum: float | None = None,
 ) -> float:
     """`value` as a finite float within bounds."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    value = float(value)
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value!r}")
     if above is not None and value <= above:
@@ -44,7 +46,7 @@ def real(
         raise ValueError(f"{name} must be at least {minimum:g}, got {value!r}")
     if maximum is not None and value > maximum:
         raise ValueError(f"{name} must be at most {maximum:g}, got {value!r}")
-    return float(value)
+    return value
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> str:
@@ -77,7 +79,9 @@ def same_kind(name: str, value: Tensor, like: Tensor) -> None:
     if value.dtype != like.dtype:
         cast_later = value.is_floating_point() and torch.is_autocast_enabled(value.device.type)
         if not cast_later:
-            raise TypeError(f"{name} has dtype {value.dtype}, the parameters have {like.dtype}")
+            raise TypeError(
+                f"{name} has dtype {value.dtype}, the parameters have {like.dtype}: convert one of them with .to(dtype)"
+            )
 
 
 def rows_of_input(value: Any, input_size: int, batch_first: bool, like: Tensor) -> None:
@@ -111,14 +115,17 @@ def lengths_of_batch(lengths: Any, steps: int, batch: int, device: torch.device)
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
     if tuple(lengths.shape) != (batch,):
-        raise ValueError(f"lengths must have shape ({batch},), one for each sequence, got {tuple(lengths.shape)}")
+        raise ValueError(
+            f"lengths must have shape ({batch},), one for each sequence, got {tuple(lengths.shape)} "
+            "(input is read as [T, B, D], with batch_first=True as [B, T, D])"
+        )
     if lengths.device.type != "cpu":
         if lengths.device != device:
             raise ValueError(f"lengths is on {lengths.device}, the input on {device}: use the CPU or the same device")
         return lengths
     shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest < 1:
-        raise ValueError(f"lengths must be at least 1, got {shortest}")
+        raise ValueError(f"lengths must be at least 1, got {shortest}: leave finished sequences out of the batch")
     if longest > steps:
         raise ValueError(f"lengths must be at most T = {steps}, got {longest}")
     return lengths.to(torch.int64)
@@ -127,7 +134,7 @@ def lengths_of_batch(lengths: Any, steps: int, batch: int, device: torch.device)
 def states(hx: Any, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
     """`hx` as a pair (h_0, c_0) of this shape."""
     if not isinstance(hx, tuple | list) or len(hx) != 2:
-        raise TypeError("hx must be a pair (h_0, c_0)")
+        raise TypeError(f"hx must be a pair (h_0, c_0), got {type(hx).__name__}; lengths and start follow it by name")
     for name, state in zip(("hx[0] (h_0)", "hx[1] (c_0)"), hx, strict=True):
         tensor(name, state, shape, like)
     return hx[0], hx[1]
@@ -138,5 +145,6 @@ def training_batch(batch: int) -> None:
     if batch < 2:
         raise ValueError(
             "input: training needs a batch of at least 2 sequences, got 1: batch normalisation takes each step's "
-            "variance over the batch, and one row has none. Call eval() to use the population statistics instead"
+            "variance over the batch, and one row has none. If this is what is left at the end of an epoch, use "
+            "DataLoader(drop_last=True); to evaluate, call eval()"
         )

@@ -31,7 +31,8 @@ class BNLSTM(BNLSTMBase):
     and variance of that step, so that a step with one sequence left is still normalised sensibly.
 
     It is used as `torch.nn.LSTM` is: the first seven arguments, the shapes of inputs, outputs and states, packed
-    sequences and unbatched input are nn.LSTM's. There is no `proj_size`. In training a batch has two sequences or more.
+    sequences and unbatched input are nn.LSTM's. What differs: a batch has two sequences or more in training, there is
+    one bias per layer and direction, and no `proj_size`.
 
     Args:
         input_size: features D of the input.
@@ -55,15 +56,17 @@ class BNLSTM(BNLSTMBase):
             are constant at the first steps (the black frame of MNIST) then have a variance. `estimate_statistics`
             leaves it out, so first steps are then normalised by smaller variances than the running statistics have:
             compare both on held-out data, or give the noise as hx through its `forward`.
-        backend: "auto", "reference" or "triton".
+        backend: "auto", "reference" or "triton"; one that cannot run raises at the call, it never falls back.
         device, dtype: of the parameters. Statistics are float32 (float64 for float64 parameters), counts float64.
 
     Inputs: input, hx=None, lengths=None, start=0
         * **input**: [T, B, D], [B, T, D] with batch_first, [T, D] unbatched, or a PackedSequence.
         * **hx**: (h_0, c_0), each [num_layers · directions, B, H] (unbatched: without B); zeros when None.
-        * **lengths**: [B] integers, a CPU tensor or a list: steps of each sequence, as in a PackedSequence; what
-          stands beyond in `input` is never read. On an accelerator lengths are clamped to 1..T instead of checked.
-        * **start**: slot of the first step, for a sequence given in chunks.
+        * **lengths**: [B] integers, steps of each sequence, as in a PackedSequence; what stands beyond in `input` is
+          never read. A list or a CPU tensor is checked; a tensor on the input's own accelerator is clamped to 1..T
+          instead, so that nothing waits for the device.
+        * **start**: slot of the first step, for sequences given in chunks. A sequence that ended in an earlier chunk
+          is left out of the batch, and of hx. Slots of the second direction count from the end of each chunk.
 
     Outputs: output, (h_n, c_n)
         * **output**: [T, B, directions · H] of the last layer (or as `input` came), 0 beyond a sequence's length.
@@ -260,11 +263,11 @@ class BNLSTM(BNLSTMBase):
         initial_noise: float = 0.0,
         backend: str = "auto",
     ) -> BNLSTM:
-        """A layer with an nn.LSTM's weights, that in eval() computes what the LSTM does until it is trained.
+        """A layer with an nn.LSTM's weights, that in eval() computes what the LSTM does until its statistics change.
 
         Both biases become their sum, and γ = √(1 + ε) undoes the normalisation by the initial mean 0 and variance 1.
-        In training it normalises by the batch and so is another function; call `estimate_statistics` for population
-        statistics of these weights.
+        Training, and `estimate_statistics` too, put other statistics in their place, and so make it another function:
+        it has to be fine-tuned from there.
 
         Args:
             lstm: without proj_size.
