@@ -19,7 +19,7 @@ from .statistics import Statistics
 
 # Rows whose pre-activation gradients are held at once: enough for an efficient weight-gradient GEMM, few enough for
 # them to stay in a CPU's cache.
-_BLOCK_ROWS = 512
+_BLOCK_ROWS = 256
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # (gradient, sigmoid's output, grad_input=)
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
@@ -52,7 +52,8 @@ class _NormBackward:
         dy is zero in rows that mask [n, 1] leaves out.
         """
         sum_dy = torch.sum(dy, 0, out=self.sum_dy[t])
-        product = torch.sum(dy * deviation, 0, out=self.sum_dy_deviation[t])
+        torch.mul(dy, deviation, out=out)  # not yet the gradient: a place that will be written anyway
+        product = torch.sum(out, 0, out=self.sum_dy_deviation[t])
         if self.frozen:
             torch.mul(dy, self.scale[t], out=out)
             return
@@ -134,7 +135,9 @@ def _backward(
     d_x = torch.empty_like(x) if x_needs_gradient else None
     blocks = _blocks(sizes, x.shape[0] if by_sequence else _BLOCK_ROWS)
     most = max(sum(sizes[first:last]) for first, last in blocks)
-    d_a_of_block, d_z_of_block, d_z_x_of_block = (x.new_empty(most, columns, dtype=wide) for _ in range(3))
+    d_z_of_block, d_z_x_of_block = (x.new_empty(most, columns, dtype=wide) for _ in range(2))
+    # one step's, unless all are wanted in the end: what fits into a cache is used again while it is there
+    d_a_all = x.new_empty(most if by_sequence else packing.batch, columns, dtype=wide)
 
     d_h_n, d_c_n = gradients[1].to(wide), gradients[2]
     d_h, d_c = d_h_n[:0], d_c_n[:0]
@@ -142,8 +145,9 @@ def _backward(
     for first, last in blocks:
         held = sum(sizes[first:last])
         begin = end - held
-        d_a_block, d_z_block, d_z_x_block = (s[:held] for s in (d_a_of_block, d_z_of_block, d_z_x_of_block))
-        d_as, d_zs, d_zs_x = (s.split(sizes[first:last]) for s in (d_a_block, d_z_block, d_z_x_block))
+        d_z_block, d_z_x_block = d_z_of_block[:held], d_z_x_of_block[:held]
+        d_zs, d_zs_x = (s.split(sizes[first:last]) for s in (d_z_block, d_z_x_block))
+        d_as = d_a_all.split(sizes) if by_sequence else None
         for t in reversed(range(first, last)):
             n, step = sizes[t], saved[t]
             mask = None if masks is None else masks[t]
@@ -168,7 +172,7 @@ def _backward(
                 norm_c(t, dy, c_deviation, mask, out=through)
             d_c_new = d_c_new + through
 
-            d_a = d_as[t - first]  # [n, 4H]
+            d_a = d_a_all[:n] if d_as is None else d_as[t]  # [n, 4H]
             d_i, d_f, d_g, d_o = d_a.chunk(4, 1)
             _sigmoid_backward(d_c_new * g, i, grad_input=d_i)
             _sigmoid_backward(d_c_new * c_before, f, grad_input=d_f)
@@ -185,9 +189,12 @@ def _backward(
             d_h, d_c = d_h_old, d_c_old
 
         if by_sequence:
-            norm_ih(0, d_a_block, z_x - used.mean, packing.mask, out=d_z_x_block)
-        h_before = [h_rows[t - 1][: sizes[t]] if t > 0 else h_0 for t in range(first, last)]
-        d_weight_hh += d_z_block.to(dtype).t() @ torch.cat(h_before)
+            norm_ih(0, d_a_all, z_x - used.mean, packing.mask, out=d_z_x_block)
+        if first > 0 and sizes[first - 1] == sizes[last - 1]:
+            h_before = rows[begin - sizes[first] : end - sizes[first]]
+        else:
+            h_before = torch.cat([h_rows[t - 1][: sizes[t]] if t > 0 else h_0 for t in range(first, last)])
+        d_weight_hh += d_z_block.to(dtype).t() @ h_before
         d_weight_ih += d_z_x_block.to(dtype).t() @ x[begin:end]
         if d_x is not None:
             torch.mm(d_z_x_block.to(dtype), p.weight_ih, out=d_x[begin:end])

@@ -177,8 +177,8 @@ class _StepNorm:
             return z - mean, (var + eps).rsqrt()
         own = moments_of_rows(z) if mask is None else _moments_of_valid_rows(z, mask, self.count[t])
         mean, var, deviation = own
-        self.means.append(mean.detach())
-        self.vars.append(var.detach())
+        self.means.append(mean)
+        self.vars.append(var)
         if mask is not None or z.shape[0] < self.problem.packing.batch:
             mean, var = _fill_seats(mean, var, self.population[t], self.weight[t])
             deviation = z - mean
@@ -186,7 +186,7 @@ class _StepNorm:
 
     def moments(self) -> Moments:
         """The batch's own moments, [T, C]."""
-        return Moments(torch.stack(self.means), torch.stack(self.vars), self.problem.packing.count)
+        return Moments(torch.stack(self.means).detach(), torch.stack(self.vars).detach(), self.problem.packing.count)
 
 
 def forward(
@@ -227,7 +227,13 @@ def forward(
     gamma_c, beta_c = (None if p is None else p.to(wide) for p in (gamma_c, beta_c))
     masks = None if packing.mask is None else packing.mask.split(packing.sizes)
 
-    outputs, finished_h, finished_c = [], [], []
+    outputs: list[Tensor] = []
+    finished_h, finished_c = [], []
+    # without a graph h is written where it stays, instead of being gathered afterwards
+    places = None
+    if masks is None and not torch.is_grad_enabled():
+        rows = h.new_empty(x.shape[0], h.shape[1])
+        places = rows.split(packing.sizes)
     for t, (n, z_t) in enumerate(zip(packing.sizes, z_x.split(packing.sizes), strict=True)):
         if n < h.shape[0]:
             finished_h.append(h[n:])
@@ -240,15 +246,18 @@ def forward(
         i, f, g, o, c_new = update_cell(a, c)
         if norm_c is None:
             c_deviation = c_rstd = None
-            h_new = o * c_new.tanh()
+            squashed = c_new.tanh()
         else:
             assert gamma_c is not None
             assert beta_c is not None
             c_deviation, c_rstd = norm_c(t, c_new, mask)
-            h_new = o * torch.addcmul(beta_c, c_deviation, gamma_c * c_rstd).tanh()
+            squashed = torch.addcmul(beta_c, c_deviation, gamma_c * c_rstd).tanh()
         if saved is not None:
             saved.append(Saved(deviation, rstd, i, f, g, o, c_new, c_deviation, c_rstd))
-        h_new = h_new.to(weight_hh.dtype)
+        if places is not None:
+            h, c = torch.mul(o, squashed, out=places[t]), c_new
+            continue
+        h_new = (o * squashed).to(weight_hh.dtype)
         if mask is None:
             h, c = h_new, c_new
             outputs.append(h)
@@ -261,4 +270,4 @@ def forward(
     if own_ih is not None:
         seats = packing.count.new_full((), packing.batch)  # a tensor made from a number would wait for the device
         moments = Statistics(own_ih, norm_hh.moments(), None if norm_c is None else norm_c.moments(), seats)
-    return torch.cat(outputs), h_n, c_n, moments, z_x, used
+    return torch.cat(outputs) if places is None else rows, h_n, c_n, moments, z_x, used
