@@ -58,6 +58,19 @@ def test_from_layer_copies():
     assert layer.weight_hh_l0.abs().sum() > 0
     assert layer.mean_hh_l0.abs().sum() > 0
     assert "BNLSTMCell(3, 4, max_length=6)" in repr(cell)
+    other = make_layer(eps=0.1, momentum=0.7, bias=False, cell_norm=True, gamma_init=0.5, recurrent_init="identity")
+    twin = BNLSTMCell.from_layer(other)
+    for option in (
+        "eps",
+        "momentum",
+        "cell_norm",
+        "input_stats",
+        "gamma_init",
+        "recurrent_init",
+        "forget_bias",
+        "backend",
+    ):
+        assert getattr(twin, option) == getattr(other, option), option
     with pytest.raises(IndexError, match="index"):
         BNLSTMCell.from_layer(layer, 1)
     with pytest.raises(TypeError, match="layer"):

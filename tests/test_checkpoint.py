@@ -46,6 +46,23 @@ def test_same_gradients_and_one_update(use_reentrant, lengths, calls, seen):
     assert_same_buffers(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_whichever_output_goes_on(which):
+    """The call is remembered with each of output, h_n and c_n: the others may be dropped at once."""
+    x, gradients = torch.randn(6, 4, 3).double().requires_grad_(), []
+    for checkpointed in (False, True):
+        layer = make_layer(cell_norm=True)
+
+        def one(x, layer=layer):
+            output, (h_n, c_n) = layer(x, lengths=RAGGED)
+            return (output, h_n, c_n)[which]
+
+        y = checkpoint(one, x, use_reentrant=False) if checkpointed else one(x)
+        gc.collect()
+        gradients.append(torch.autograd.grad(y.square().sum(), x)[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
+
+
 def test_what_a_call_took_lives_as_long_as_its_graph():
     layer = make_layer()
     output = layer(torch.randn(6, 4, 3).double(), lengths=RAGGED)[0]

@@ -134,7 +134,7 @@ def test_phantom_rows_are_rows():
     def normalised(z, name, gamma):
         mean, deviation = populations[name]
         everyone = torch.cat([z, (mean + deviation)[None], (mean - deviation)[None]])
-        y = torch.nn.functional.batch_norm(everyone, None, None, gamma, None, training=True, eps=1e-5)
+        y = torch.nn.functional.batch_norm(everyone, None, None, gamma, None, training=True, eps=layer.eps)
         return y[:2]
 
     a = normalised(x[1, :2] @ layer.weight_ih_l0.T, "ih", layer.gamma_ih_l0) + layer.bias_l0

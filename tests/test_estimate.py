@@ -129,6 +129,29 @@ def test_the_order_of_batches_does_not_matter(mode, seen):
 
 
 @pytest.mark.parametrize("mode", ["batches", "paper"])
+def test_slots_that_a_batch_leaves_empty_do_not_count(mode, monkeypatch):
+    """With lengths on a device a batch has moments of every step, of no rows in the last ones."""
+    x, found = data(), []
+    for masked in (False, True):
+        if masked:
+            monkeypatch.setattr(functional, "Packing", MaskedPacking)
+        layer = make_layer(seen=False, cell_norm=True)
+        estimate_statistics(layer, items(x, LENGTHS, [[1, 3], [0, 7], [2, 4, 5, 6]]), mode)
+        found.append(buffers(layer))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, **CLOSE)
+
+
+@pytest.mark.parametrize("mode", ["batches", "whole", "paper"])
+def test_rows_that_a_slot_may_inherit(mode):
+    """Those of the last training step; of a layer that was never trained all that the first slot saw."""
+    for seen, expected in ((True, 4), (False, 8)):
+        layer = make_layer(seen=seen)
+        estimate_statistics(layer, items(data(), LENGTHS, HALVES), mode)
+        assert layer.rows == expected
+
+
+@pytest.mark.parametrize("mode", ["batches", "paper"])
 @pytest.mark.parametrize("seen", [False, True])
 @pytest.mark.parametrize("input_stats", ["time", "sequence"])
 def test_batches_are_merged_and_papers_are_averaged(mode, seen, input_stats):
@@ -300,7 +323,7 @@ def test_bad_arguments():
 def test_start_and_states_are_honoured(mode):
     x, hx = data(), tuple(torch.randn(1, 8, 4).double() for _ in range(2))
     layer = make_layer(seen=False)
-    estimate_statistics(layer, [(x, hx, None, 2)], mode)
+    estimate_statistics(layer, [(x, hx, None, 2)], mode, offload=mode == "whole")
     expected = make_layer(seen=False, momentum=1.0)
     expected(x[:4], hx, start=2)
     torch.testing.assert_close(layer.mean_hh_l0[:5], expected.mean_hh_l0[:5], **CLOSE)  # the last slot: other rules

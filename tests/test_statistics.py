@@ -91,7 +91,7 @@ def test_update_statistics_is_what_the_module_does():
     before = layer._statistics_of("_l0")
     copy = Statistics(*(m.clone() for m in before))
     x, lengths = torch.randn(8, 5, 3).double(), [8, 2, 3, 8, 1]
-    result = bn_lstm(x, layer._parameters_of("_l0"), copy, lengths=lengths, training=True)
+    result = bn_lstm(x, layer._parameters_of("_l0"), copy, lengths=lengths, training=True, eps=layer.eps)
     after = update_statistics(copy, result.moments, momentum=0.1)
     output, _ = layer(x, lengths=lengths)
     assert torch.equal(output, result.output)
@@ -138,6 +138,17 @@ def test_a_step_that_is_not_finite_leaves_all_statistics(where):
         assert output.isnan().any()
 
 
+def test_reset_statistics_forgets_everything():
+    layer = make_layer(num_layers=2, cell_norm=True)
+    fresh = make_layer(num_layers=2, cell_norm=True, seen=False)
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        layer(torch.full((2, 2, 3), float("nan")).double())
+    layer.reset_statistics()
+    assert_same_buffers(buffers(layer), buffers(fresh))
+    with pytest.warns(RuntimeWarning, match="1 training step"):  # told anew
+        layer(torch.full((2, 2, 3), float("nan")).double())
+
+
 def test_finite_steps_after_one_that_was_not_are_learnt():
     layer = make_layer()
     with pytest.warns(RuntimeWarning, match="not finite"):
@@ -173,7 +184,16 @@ def test_resolved_statistics_are_kept_in_eval_until_a_buffer_changes(monkeypatch
     assert not torch.equal(layer(x)[0], first)
     assert len(calls) == 2
     layer.load_state_dict(make_layer(seed=1).state_dict())
-    torch.testing.assert_close(layer(x)[0], make_layer(seed=1).eval()(x)[0])
+    expected = layer(x)[0]
+    torch.testing.assert_close(expected, make_layer(seed=1).eval()(x)[0])
+    layer.rows += 3  # how much a slot inherits depends on it
+    assert not torch.equal(layer(x)[0], expected)
+    layer.rows -= 3
+    version = layer.mean_hh_l0._version
+    layer.mean_hh_l0 = torch.randn_like(layer.mean_hh_l0)  # another tensor, by chance of the same version
+    while layer.mean_hh_l0._version < version:
+        layer.mean_hh_l0.add_(0)
+    assert not torch.equal(layer(x)[0], expected)
     layer.set_max_length(2)
     assert layer(x)[0].shape == (4, 2, 4)
 
