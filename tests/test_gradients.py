@@ -146,6 +146,9 @@ def test_the_same_tensor_in_two_places_gets_both_gradients():
 
     assert gradcheck(tied, gamma)
     assert gradgradcheck(tied, gamma)
+    (plain,) = torch.autograd.grad(tied(gamma)[0].square().sum(), gamma)
+    (with_graph,) = torch.autograd.grad(tied(gamma)[0].square().sum(), gamma, create_graph=True)
+    torch.testing.assert_close(with_graph, plain, **CLOSE)  # which gradgradcheck takes for granted
 
 
 def test_statistics_are_constants():
