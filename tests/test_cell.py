@@ -13,7 +13,7 @@ from triton_bnlstm import BNLSTMCell
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_a_loop_equals_the_layer(cell_norm, bias, training):
-    """Outputs, gradients and (training) statistics, over more steps than slots."""
+    """Outputs, gradients and (training) statistics."""
     layer = make_layer(cell_norm=cell_norm, bias=bias, max_length=8).train(training)
     cell = BNLSTMCell.from_layer(layer)
     assert cell.training == training
@@ -71,6 +71,8 @@ def test_from_layer_copies():
         "backend",
     ):
         assert getattr(twin, option) == getattr(other, option), option
+    torch.nn.utils.parametrizations.weight_norm(other, "weight_hh_l0")
+    torch.testing.assert_close(BNLSTMCell.from_layer(other).weight_hh, other.weight_hh_l0)
     with pytest.raises(IndexError, match="index"):
         BNLSTMCell.from_layer(layer, 1)
     with pytest.raises(TypeError, match="layer"):

@@ -51,7 +51,7 @@ def test_whichever_output_goes_on(which):
     """The call is remembered with each of output, h_n and c_n: the others may be dropped at once."""
     x, gradients = torch.randn(6, 4, 3).double().requires_grad_(), []
     for checkpointed in (False, True):
-        layer = make_layer(cell_norm=True)
+        layer = make_layer(cell_norm=True, num_layers=2)
 
         def one(x, layer=layer):
             output, (h_n, c_n) = layer(x, lengths=RAGGED)
@@ -74,6 +74,45 @@ def test_what_a_call_took_lives_as_long_as_its_graph():
     assert not layer._graphless_calls
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_same_batch_again_and_again(use_reentrant):
+    """Calls on equal inputs: two in one backward, then again in the next step."""
+    x, results = torch.randn(6, 4, 3).double(), []
+    for mode in (None, use_reentrant):
+        layer, gradients = make_layer(seen=False, cell_norm=True), []
+        for _ in range(3):
+            leaf, loss = x.clone().requires_grad_(), 0.0
+            for weight in (1.0, 2.0):
+
+                def one(z, layer=layer):
+                    return layer(z, lengths=RAGGED)[0]
+
+                y = one(leaf) if mode is None else checkpoint(one, leaf, use_reentrant=mode)
+                loss = loss + weight * y.square().sum()
+            gradients.append(torch.autograd.grad(loss, [leaf])[0] if mode is not True else backward_of(loss, leaf))
+        results.append((gradients, buffers(layer)))
+    for plain, checkpointed in zip(results[0][0], results[1][0], strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-12, atol=1e-12)
+    assert_same_buffers(results[0][1], results[1][1])
+
+
+def backward_of(loss, leaf):
+    loss.backward()  # reentrant checkpoints do not know torch.autograd.grad
+    return leaf.grad
+
+
+def test_too_many_reentrant_calls_at_a_time_are_refused():
+    layer = make_layer()
+    total = sum(
+        checkpoint(
+            lambda z: layer(z, lengths=RAGGED)[0], torch.randn(6, 4, 3).double().requires_grad_(), use_reentrant=True
+        ).sum()
+        for _ in range(17)
+    )
+    with pytest.raises(RuntimeError, match="no more than 16 calls"):
+        total.backward()
+
+
 def test_a_recomputation_without_its_forward_is_refused():
     layer = make_layer()
 
@@ -87,7 +126,8 @@ def test_a_recomputation_without_its_forward_is_refused():
             layer(torch.randn(6, 4, 3).double(), lengths=RAGGED)
             return gradient
 
+    other = layer(torch.randn(6, 4, 3).double(), lengths=RAGGED)[0]  # another call's population will not do
     before = buffers(layer)
     with pytest.raises(RuntimeError, match="inside a backward pass"):
-        Rerun.apply(torch.ones(1, requires_grad=True)).sum().backward()
+        (Rerun.apply(torch.ones(1, requires_grad=True)).sum() + 0 * other.sum()).backward()
     assert_same_buffers(before, buffers(layer))

@@ -142,6 +142,17 @@ def test_slots_that_a_batch_leaves_empty_do_not_count(mode, monkeypatch):
         torch.testing.assert_close(found[1][name], value, **CLOSE)
 
 
+@pytest.mark.parametrize("prior_count", [0.0, 1.0, None])
+def test_prior_count_is_honoured(prior_count):
+    layer = make_layer(prior_count=prior_count)
+    oracle, x = oracle_of(layer), data()
+    estimate_statistics(layer, items(x, LENGTHS, ONE))
+    zeros = torch.zeros(8, 4).double()
+    seen = oracle.run(x, LENGTHS, zeros, zeros, True)[3]["hh"]
+    for k, slot in seen.items():
+        torch.testing.assert_close(layer.mean_hh_l0[k], slot.mean, **CLOSE)
+
+
 @pytest.mark.parametrize("mode", ["batches", "whole", "paper"])
 def test_rows_that_a_slot_may_inherit(mode):
     """Those of the last training step; of a layer that was never trained all that the first slot saw."""

@@ -186,6 +186,21 @@ def test_lengths_on_a_device_are_lengths_on_the_host(training, input_stats, cell
         torch.testing.assert_close(device, host, rtol=1e-8, atol=1e-9)
 
 
+def test_a_default_device_does_not_move_lengths():
+    """They belong to the host whatever device new tensors go to by default."""
+    x, expected = rectangle(), make_layer()(rectangle(), lengths=LENGTHS)[0].shape
+    layer = make_layer()
+    torch.set_default_device("meta")
+    try:
+        outputs = [
+            layer(x, lengths=LENGTHS)[0],
+            layer(x, lengths=torch.tensor(LENGTHS, device="cpu"))[0],
+        ]
+    finally:
+        torch.set_default_device(None)
+    assert all(output.shape == expected and output.device.type == "cpu" for output in outputs)
+
+
 def test_lengths_on_a_device_are_clamped():
     packing = Packing.of_device_lengths(4, torch.tensor([-3, 0, 2, 9]))
     assert packing.lengths.tolist() == [1, 1, 2, 4]

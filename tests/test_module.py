@@ -104,6 +104,11 @@ def test_from_lstm_carries_options_and_trains():
     assert torch.equal(layer.bias_l1, lstm.bias_ih_l1 + lstm.bias_hh_l1)
     layer(torch.randn(2, 5, 3))[0].sum().backward()
     assert layer.weight_hh_l1.grad.abs().sum() > 0
+    options = {"eps": 0.1, "initial_noise": 0.5, "prior_count": 3.0, "cell_norm": True, "backend": "reference"}
+    other = BNLSTM.from_lstm(lstm.eval(), max_length=7, **options)
+    assert {name: getattr(other, name) for name in options} == options
+    x = torch.randn(2, 5, 3)
+    torch.testing.assert_close(BNLSTM.from_lstm(lstm, max_length=7, eps=0.1)(x)[0], lstm(x)[0])
     with pytest.raises(ValueError, match="proj_size"):
         BNLSTM.from_lstm(nn.LSTM(3, 4, proj_size=2), max_length=7)
     with pytest.raises(TypeError, match="lstm"):
@@ -173,8 +178,13 @@ def test_dropout_rate(monkeypatch):
     run = functional.run
     monkeypatch.setattr(functional, "run", lambda x, *rest: seen.append(x) or run(x, *rest))
     make_layer(num_layers=2, dropout=0.25, hidden_size=50)(torch.randn(20, 10, 3).double())
-    dropped = (seen[1] == 0).double().mean()
-    assert 0.23 < dropped < 0.27  # 10,000 draws at 0.25: standard error 0.004
+    kept = seen[1] != 0
+    assert 0.23 < 1 - kept.double().mean() < 0.27  # 10,000 draws at 0.25: standard error 0.004
+    whole = []
+    monkeypatch.setattr(functional, "run", lambda x, *rest: whole.append(x) or run(x, *rest))
+    torch.manual_seed(0)
+    make_layer(num_layers=2, hidden_size=50)(torch.randn(20, 10, 3).double())
+    torch.testing.assert_close(seen[1][kept], whole[1][kept] / 0.75)  # what is kept is scaled up
 
 
 def test_initial_noise_only_in_training_and_without_states():

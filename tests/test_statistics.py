@@ -87,11 +87,13 @@ def test_a_slot_never_seen_is_its_predecessor():
 
 
 def test_update_statistics_is_what_the_module_does():
-    layer = make_layer(cell_norm=True)
+    layer = make_layer(cell_norm=True, prior_count=1.5)
     before = layer._statistics_of("_l0")
     copy = Statistics(*(m.clone() for m in before))
     x, lengths = torch.randn(8, 5, 3).double(), [8, 2, 3, 8, 1]
-    result = bn_lstm(x, layer._parameters_of("_l0"), copy, lengths=lengths, training=True, eps=layer.eps)
+    result = bn_lstm(
+        x, layer._parameters_of("_l0"), copy, lengths=lengths, training=True, eps=layer.eps, prior_count=1.5
+    )
     after = update_statistics(copy, result.moments, momentum=0.1)
     output, _ = layer(x, lengths=lengths)
     assert torch.equal(output, result.output)
@@ -149,6 +151,45 @@ def test_reset_statistics_forgets_everything():
         layer(torch.full((2, 2, 3), float("nan")).double())
 
 
+def test_a_merge_that_overflows_is_a_step_that_is_not_finite():
+    """Moments within float32, whose distance from what is known is not."""
+    layer = make_layer(dtype=torch.float32, seen=False)
+    x = torch.randn(2, 8, 3)
+    layer(x)
+    before = buffers(layer)
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        layer(x + 1e20)
+    before["_skipped_steps"] += 1
+    assert_same_buffers(before, buffers(layer))
+
+
+def test_skipped_steps_are_told_at_eval_where_they_were_not_before():
+    """As on an accelerator, where a look at each step would wait for it; and not after another state is loaded."""
+    layer = make_layer()
+    layer._skipped_steps += 2
+    with pytest.warns(RuntimeWarning, match="2 training step"):
+        layer.eval()
+    layer._skip_told = False
+    layer.load_state_dict(make_layer().state_dict())
+    layer.train().eval()
+
+
+def test_writes_through_data_are_seen_after_a_change_of_mode():
+    layer = make_layer().eval()
+    x = torch.randn(4, 2, 3).double()
+    before = layer(x)[0]
+    layer.mean_hh_l0.data.add_(5)
+    assert not torch.equal(layer.train().eval()(x)[0], before)
+
+
+def test_update_statistics_checks_its_numbers():
+    layer = make_layer()
+    known = layer._statistics_of("_l0")
+    for name, value in (("momentum", 1.5), ("momentum", 0), ("start", -2)):
+        with pytest.raises(ValueError, match=name):
+            update_statistics(known, known, **{name: value})
+
+
 def test_finite_steps_after_one_that_was_not_are_learnt():
     layer = make_layer()
     with pytest.warns(RuntimeWarning, match="not finite"):
@@ -189,6 +230,7 @@ def test_resolved_statistics_are_kept_in_eval_until_a_buffer_changes(monkeypatch
     layer.rows += 3  # how much a slot inherits depends on it
     assert not torch.equal(layer(x)[0], expected)
     layer.rows -= 3
+    assert torch.equal(layer(x)[0], expected)
     version = layer.mean_hh_l0._version
     layer.mean_hh_l0 = torch.randn_like(layer.mean_hh_l0)  # another tensor, by chance of the same version
     while layer.mean_hh_l0._version < version:
@@ -233,6 +275,9 @@ def test_set_max_length_grows_and_shrinks():
     layer.set_max_length(2)
     assert layer.count_hh_l0[1] == counts[1:].sum()
     assert "max_length=2" in repr(layer)
+    unseen = make_layer(max_length=5, seen=False)
+    unseen.set_max_length(1)
+    assert (unseen.var_hh_l0 == 1).all()
 
 
 def test_statistics_are_copies_by_layer_and_direction():

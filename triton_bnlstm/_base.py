@@ -21,7 +21,6 @@ from .statistics import (
     Moments,
     Population,
     Statistics,
-    all_finite,
     pool,
     population_at_steps,
     resolve_statistics,
@@ -53,9 +52,17 @@ class _Call:
     the first run did.
     """
 
-    def __init__(self, fingerprint: Tensor, populations: list[Population | None]) -> None:
+    def __init__(self, number: int, fingerprint: Tensor, populations: list[Population | None]) -> None:
+        self.number = number
         self.fingerprint = fingerprint
         self.populations = populations
+        self.backward = -1  # the backward that has run it again
+
+    def matches(self, fingerprint: Tensor) -> bool:
+        """True where the sums are the same but for rounding: on an accelerator sums may differ from run to run."""
+        if fingerprint.shape != self.fingerprint.shape:
+            return False
+        return torch.allclose(fingerprint, self.fingerprint, rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 def _in_backward() -> bool:
@@ -226,6 +233,7 @@ class BNLSTMBase(nn.Module):
                     parts = [moments, blank]
                 else:
                     last = pool(Moments(*(s[slots - 1 :] for s in moments)))
+                    last = last._replace(var=torch.where(last.count[:, None] > 0, last.var, 1))
                     parts = [Moments(*(s[: slots - 1] for s in moments)), last]
                 for name, values in zip(Moments._fields, zip(*parts, strict=True), strict=True):
                     self._buffers[f"{name}_{norm}{suffix}"] = torch.cat(values)
@@ -259,6 +267,7 @@ class BNLSTMBase(nn.Module):
                     f"set_max_length({self.max_length})"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._skipped_steps = torch.zeros_like(self._skipped_steps, device=self.rows.device)
         self._forget_the_moment()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -269,6 +278,7 @@ class BNLSTMBase(nn.Module):
         """Training mode (batch statistics) or evaluation (population statistics)."""
         if not mode:
             self._tell_skipped_steps()
+        self._resolved.clear()  # writes through .data leave no trace: a change of mode is the time to look again
         super().train(mode)
         return self
 
@@ -276,13 +286,14 @@ class BNLSTMBase(nn.Module):
         """Drop what lasts from one call to another but is no part of the layer's state."""
         self._resolved: dict[str, tuple[list[Tensor], list[int], Statistics]] = {}
         self._calls: weakref.WeakSet[_Call] = weakref.WeakSet()
-        # forwards without a graph: the first runs of reentrant checkpoints; a few may be under way at a time
-        self._graphless_calls: deque[_Call] = deque(maxlen=8)
+        # forwards without a graph: the first runs of reentrant checkpoints; some may be under way at a time
+        self._graphless_calls: deque[_Call] = deque(maxlen=16)
+        self._calls_so_far = 0
         self._intercept: Callable[[Tensor, Packing, States | None, int], Pass] | None = None
         self._skip_told = False
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("_resolved", "_calls", "_graphless_calls", "_intercept")
+        transient = ("_resolved", "_calls", "_graphless_calls", "_calls_so_far", "_intercept")
         return {name: value for name, value in self.__dict__.items() if name not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -385,13 +396,14 @@ class BNLSTMBase(nn.Module):
                 return self._through_layers(x, packing, hx, populations, regularise=True)
             done = self._through_layers(x, packing, hx, populations, regularise=True)
         else:
-            fingerprint = x.detach().sum(0, dtype=accumulation_dtype(x.dtype))
+            fingerprint = _fingerprint(x, packing, hx)
             if _in_backward():
                 populations = self._populations_of_call(fingerprint)
                 return self._through_layers(x, packing, hx, populations, regularise=True)
             populations = self._batch_populations(packing, start)
             done = self._through_layers(x, packing, hx, populations, regularise=True)
-            call = _Call(fingerprint, populations)
+            self._calls_so_far += 1
+            call = _Call(self._calls_so_far, fingerprint, populations)
             nodes = [result.grad_fn for result in (done.rows, done.h_n, done.c_n)]
             for node in nodes:  # whichever of the results goes on, the call is remembered with it
                 if node is not None:
@@ -404,25 +416,30 @@ class BNLSTMBase(nn.Module):
         return done
 
     def _populations_of_call(self, fingerprint: Tensor) -> list[Population | None]:
-        """What the call with this input took from the population, for its run again in the backward."""
-        calls = [*self._calls, *self._graphless_calls]
+        """What the call with this input took from the population, for its run again in the backward.
+
+        Calls on equal inputs are run again latest first, as a backward does; each once in one backward.
+        """
+        backward = torch._C._current_graph_task_id()
+        calls = [call for call in (*self._calls, *self._graphless_calls) if call.matches(fingerprint)]
         if not calls:
             raise RuntimeError(
-                "a forward in training ran inside a backward pass, but no earlier forward of this layer is known: "
-                "the statistics that it was normalised with are gone"
+                "a forward in training ran inside a backward pass, but no earlier forward of this layer on this input "
+                "is known: the statistics that it was normalised with are gone. With reentrant checkpoints no more "
+                "than 16 calls can wait for their backward; use_reentrant=False has no such limit"
             )
-        if len(calls) == 1:
-            return calls[0].populations
-        distances = [(call.fingerprint - fingerprint).nan_to_num().abs().sum() for call in calls]
-        return calls[int(torch.stack(distances).argmin())].populations
+        call = max(calls, key=lambda call: (call.backward != backward, call.number))
+        call.backward = backward
+        if call in self._graphless_calls:
+            self._graphless_calls.remove(call)
+        return call.populations
 
     def _learn(self, moments: list[Statistics | None], start: int) -> None:
         """Merge a training step into the population, all directions or none."""
         own = [m for m in moments if m is not None]
+        known = [self._statistics_of(suffix) for suffix in self._all_suffixes()]
+        finite = update_statistics_(list(zip(known, own, strict=True)), start, self.momentum)
         with torch.no_grad():
-            finite = torch.stack([all_finite(m) for m in own]).all()
-            for suffix, m in zip(self._all_suffixes(), own, strict=True):
-                update_statistics_(self._statistics_of(suffix), m, start, self.momentum, finite)
             self._skipped_steps += ~finite
         if finite.device.type == "cpu":  # elsewhere a look would wait for the device: told later
             self._tell_skipped_steps()
@@ -439,6 +456,14 @@ class BNLSTMBase(nn.Module):
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def _fingerprint(x: Tensor, packing: Packing, hx: States | None) -> Tensor:
+    """What tells one call from another: sums over the rows of the input and the states, and the rows of each step."""
+    wide = accumulation_dtype(x.dtype)
+    parts = [x.detach().sum(0, dtype=wide), packing.count.to(wide)]
+    parts += [state.detach().sum((0, 1), dtype=wide) for state in hx or ()]
+    return torch.cat(parts)
 
 
 # Lazily: importing torch._dynamo takes a second, which nobody should pay who does not compile.

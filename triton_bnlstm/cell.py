@@ -15,9 +15,10 @@ from .packing import Packing
 class BNLSTMCell(BNLSTMBase):
     """One step of one `BNLSTM` layer, for streams: nn.LSTMCell with the time step as an argument.
 
-    A loop over the steps equals the layer: in evaluation for any lengths, in training for equal lengths (the cell sees
-    one step and so cannot know which sequences have finished; leave them in or drop them, but there are no phantom
-    rows). With input_stats="sequence" it can only evaluate: statistics over steps that are yet to come do not exist.
+    A loop over the steps equals the layer: in evaluation for any lengths, in training for equal lengths up to
+    max_length. The cell sees one step, so it cannot know which sequences have finished (there are no phantom rows), and
+    steps past max_length are merged into the last slot one by one instead of pooled. With input_stats="sequence" it
+    can only evaluate: statistics over steps that are yet to come do not exist.
 
     Args:
         input_size, hidden_size, bias, max_length, cell_norm, input_stats, gamma_init, eps, momentum, recurrent_init,
@@ -101,13 +102,9 @@ class BNLSTMCell(BNLSTMBase):
             device=weight.device,
             dtype=weight.dtype,
         )
-        state = layer.state_dict()
-        cell.load_state_dict(
-            {
-                "rows": state["rows"],
-                **{name: state[name + suffix] for name in cell.state_dict() if name != "rows"},
-            }
-        )
+        names = {name: name if name == "rows" else name + suffix for name in cell.state_dict()}
+        # not from its state_dict, where a parametrised weight has another name
+        cell.load_state_dict({name: getattr(layer, there) for name, there in names.items()})
         cell.train(layer.training)
         return cell
 

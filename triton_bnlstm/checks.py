@@ -109,7 +109,7 @@ def lengths_of_batch(lengths: Any, steps: int, batch: int, device: torch.device)
     """`lengths` as a tensor [B]. On the host every value is checked; on an accelerator none is looked at."""
     if not isinstance(lengths, Tensor):
         try:
-            lengths = torch.as_tensor(lengths)
+            lengths = torch.as_tensor(lengths, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"lengths must be a tensor or a list of integers: {error}") from None
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:

@@ -147,6 +147,7 @@ class _Collected:
         self.layer = layer
         self.plain_average = plain_average
         self.called = False
+        self.finite: bool | torch.Tensor = True
         self.sums = [_zeros_like(layer._statistics_of(suffix)) for suffix in layer._all_suffixes()]
         self.batches = [_zeros_like(s) for s in self.sums]  # of which only counts are used: batches that saw the slot
 
@@ -165,8 +166,7 @@ class _Collected:
             if self.plain_average:
                 _add(total, seen, own, start)
             else:
-                always = own.rows.new_ones((), dtype=torch.bool)
-                update_statistics_(total, _doubled(own), start, None, always)
+                self.finite &= update_statistics_([(total, _doubled(own))], start, None)
         return done
 
     def write(self) -> None:
@@ -176,7 +176,7 @@ class _Collected:
         first: float = 0.0
         for suffix, total, seen in zip(self.layer._all_suffixes(), self.sums, self.batches, strict=True):
             statistics = self.layer._statistics_of(suffix)
-            if not bool(all_finite(total)):
+            if not self.finite or not bool(all_finite(total[:3])):
                 raise ValueError("batches: the statistics of this data are not finite; look for NaN or infinity in it")
             for buffers, sums, batches in zip(statistics[:3], total[:3], seen[:3], strict=True):
                 if buffers is None or sums is None or batches is None:
@@ -316,7 +316,7 @@ def _estimate_whole(
         if any(door is not target for door, _ in arrivals):
             raise ValueError('mode="whole": the model calls its layers in another order for other items')
         run_whole(target.layer, [call for _, call in arrivals], offload)
-        if not all(bool(all_finite(target.layer._statistics_of(s))) for s in target.layer._all_suffixes()):
+        if not all(bool(all_finite(target.layer._statistics_of(s)[:3])) for s in target.layer._all_suffixes()):
             raise ValueError("batches: the statistics of this data are not finite; look for NaN or infinity in it")
         target.done = True
     run(next(iter(batches)))  # past the last layer, to see that no layer is called again

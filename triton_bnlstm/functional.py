@@ -126,6 +126,12 @@ def bn_lstm(
         TypeError, ValueError: an argument is wrong; the message names it.
         RuntimeError: the backend cannot run here.
     """
+    if not isinstance(parameters, Parameters):
+        raise TypeError(f"parameters must be Parameters, got {type(parameters).__name__}")
+    if not isinstance(statistics, Statistics):
+        raise TypeError(f"statistics must be Statistics, got {type(statistics).__name__}")
+    checks.flag("training", training)
+    checks.flag("reverse", reverse)
     choose_backend(checks.choice("backend", backend, BACKENDS))
     checks.choice("input_stats", input_stats, INPUT_STATS)
     checks.real("eps", eps, above=0)

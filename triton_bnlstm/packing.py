@@ -67,7 +67,7 @@ class Packing:
         if int(lengths.min()) == steps:
             return cls.of_equal_lengths(steps, batch, device)
         ordered, order = torch.sort(lengths, descending=True, stable=True)
-        time = torch.arange(int(ordered[0]))[:, None]
+        time = torch.arange(int(ordered[0]), device="cpu")[:, None]
         valid = ordered > time  # [T', B]
         return cls(
             sizes=tuple(valid.sum(1).tolist()),
@@ -101,7 +101,7 @@ class Packing:
         sizes = tuple(packed.batch_sizes.tolist())
         device = packed.data.device
         held = packed.batch_sizes
-        lengths = (held[:, None] > torch.arange(sizes[0])).sum(0)
+        lengths = (held[:, None] > torch.arange(sizes[0], device="cpu")).sum(0)
         return cls(
             sizes=sizes,
             batch=sizes[0],
@@ -122,7 +122,7 @@ class Packing:
             return (mirrored * self.batch + torch.arange(self.batch, device=device)).reshape(-1)
         held = torch.tensor(self.sizes, device=device)
         first = held.cumsum(0) - held  # [T] first row of each step
-        time = torch.repeat_interleave(torch.arange(len(self.sizes), device=device), held)
+        time = torch.repeat_interleave(torch.arange(len(self.sizes), device=device), held, output_size=sum(self.sizes))
         seat = torch.arange(sum(self.sizes), device=device) - first[time]
         return first[self.lengths[seat] - 1 - time] + seat
 

@@ -6,11 +6,13 @@ stand on. Memory of a slot is measured in rows, so a step that saw one row count
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import checks
 from .packing import Packing
 
 
@@ -114,30 +116,37 @@ def slots_of_steps(steps: Moments, start: int, slots: int) -> tuple[int, Moments
     return first, Moments(*(torch.cat(pair) for pair in zip(head, tail, strict=True)))
 
 
-def _update_slots(
-    slots: Moments, steps: Moments, start: int, momentum: float | None, rows: Tensor, finite: Tensor
-) -> None:
-    """One training step's merge into one norm's slots, in place."""
+def _merge_into_slots(
+    slots: Moments, steps: Moments, start: int, momentum: float | None, rows: Tensor
+) -> tuple[Moments, Moments]:
+    """One training step's merge into one norm's slots: views of the slots that it touches, and their new values."""
     first, batch = slots_of_steps(steps, start, slots.mean.shape[0])
     known = Moments(*(s[first : first + batch.mean.shape[0]] for s in slots))
     count = known.count
     if momentum is not None:
         count = count * (1 - momentum) ** (batch.count / rows).clamp_max(1)
-    merged = merge(Moments(known.mean, known.var, count), batch)
-    for old, new in zip(known, merged, strict=True):
-        old.copy_(torch.where(finite, new, old))
+    return known, merge(Moments(known.mean, known.var, count), batch)
 
 
 @torch.no_grad()
-def update_statistics_(
-    statistics: Statistics, moments: Statistics, start: int, momentum: float | None, finite: Tensor
-) -> None:
-    """`update_statistics` in place; `finite` is a 0-d bool on the device, and where it is false nothing changes."""
-    _update_slots(statistics.ih, moments.ih, start, momentum, moments.rows, finite)
-    _update_slots(statistics.hh, moments.hh, start, momentum, moments.rows, finite)
-    if statistics.c is not None and moments.c is not None:
-        _update_slots(statistics.c, moments.c, start, momentum, moments.rows, finite)
-    statistics.rows.copy_(torch.where(finite, moments.rows, statistics.rows))
+def update_statistics_(pairs: list[tuple[Statistics, Statistics]], start: int, momentum: float | None) -> Tensor:
+    """`update_statistics` in place, for pairs of statistics and moments together: all of them or none.
+
+    Returns a 0-d bool on the device, whether all new values are finite; where it is false nothing has changed. The
+    new values are asked, not the moments: a merge of finite moments can overflow too.
+    """
+    touched: list[tuple[Moments, Moments]] = []
+    for statistics, moments in pairs:
+        for slots, steps in zip(statistics[:3], moments[:3], strict=True):
+            if slots is not None and steps is not None:
+                touched.append(_merge_into_slots(slots, steps, start, momentum, moments.rows))
+    finite = all_finite([merged for _, merged in touched])
+    for known, merged in touched:
+        for old, new in zip(known, merged, strict=True):
+            old.copy_(torch.where(finite, new, old))
+    for statistics, moments in pairs:
+        statistics.rows.copy_(torch.where(finite, moments.rows, statistics.rows))
+    return finite
 
 
 def update_statistics(
@@ -154,17 +163,22 @@ def update_statistics(
         moments: of T steps.
         start: slot of the first step.
         momentum: weight of a full batch against what is known, in (0, 1]; None: all rows ever seen weigh the same.
+
+    Raises:
+        TypeError, ValueError: start or momentum is out of range.
     """
+    checks.integer("start", start, 0)
+    if momentum is not None:
+        checks.real("momentum", momentum, above=0, maximum=1)
     ih, hh, c, rows = statistics
     copy = Statistics(ih.clone(), hh.clone(), None if c is None else c.clone(), rows.clone())
-    update_statistics_(copy, moments, start, momentum, all_finite(moments))
+    update_statistics_([(copy, moments)], start, momentum)
     return copy
 
 
-def all_finite(moments: Statistics) -> Tensor:
+def all_finite(norms: Iterable[Moments | None]) -> Tensor:
     """0-d bool: every mean and variance is finite. Stays on the device."""
-    norms = [m for m in moments[:3] if m is not None]
-    extremes = [extreme for m in norms for s in (m.mean, m.var) for extreme in torch.aminmax(s)]  # NaN is both
+    extremes = [e for m in norms if m is not None for s in (m.mean, m.var) for e in torch.aminmax(s)]  # NaN is both
     return torch.stack(extremes).isfinite().all()
 
 
