@@ -66,12 +66,12 @@ def test_whichever_output_goes_on(which):
 def test_what_a_call_took_lives_as_long_as_its_graph():
     layer = make_layer()
     output = layer(torch.randn(6, 4, 3).double(), lengths=RAGGED)[0]
-    assert len(layer._calls) == 1
+    assert len(layer._calls.with_graph) == 1
     output.sum().backward()
     del output
     gc.collect()
-    assert len(layer._calls) == 0
-    assert not layer._graphless_calls
+    assert len(layer._calls.with_graph) == 0
+    assert not layer._calls.without_graph
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

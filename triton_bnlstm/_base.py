@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +14,7 @@ from torch._compile import _disable_dynamo
 from . import checks, functional
 from .backend import BACKENDS
 from .packing import Packing
+from .recompute import Calls, fingerprint, in_backward
 from .reference import Parameters, Problem, accumulation_dtype
 from .statistics import (
     Moments,
@@ -43,31 +42,6 @@ class Pass(NamedTuple):
     h_n: Tensor
     c_n: Tensor
     moments: list[Statistics | None]
-
-
-class _Call:
-    """What a training forward took from the population, for as long as its graph lives.
-
-    A checkpoint runs a forward again during the backward, when the statistics have moved on; it has to normalise as
-    the first run did.
-    """
-
-    def __init__(self, number: int, fingerprint: Tensor, populations: list[Population | None]) -> None:
-        self.number = number
-        self.fingerprint = fingerprint
-        self.populations = populations
-        self.backward = -1  # the backward that has run it again
-
-    def matches(self, fingerprint: Tensor) -> bool:
-        """True where the sums are the same but for rounding: on an accelerator sums may differ from run to run."""
-        if fingerprint.shape != self.fingerprint.shape:
-            return False
-        return torch.allclose(fingerprint, self.fingerprint, rtol=1e-3, atol=1e-5, equal_nan=True)
-
-
-def _in_backward() -> bool:
-    """True inside the autograd engine: a forward that runs there is a recomputation."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class BNLSTMBase(nn.Module):
@@ -285,15 +259,12 @@ class BNLSTMBase(nn.Module):
     def _forget_the_moment(self) -> None:
         """Drop what lasts from one call to another but is no part of the layer's state."""
         self._resolved: dict[str, tuple[list[Tensor], list[int], Statistics]] = {}
-        self._calls: weakref.WeakSet[_Call] = weakref.WeakSet()
-        # forwards without a graph: the first runs of reentrant checkpoints; some may be under way at a time
-        self._graphless_calls: deque[_Call] = deque(maxlen=16)
-        self._calls_so_far = 0
+        self._calls = Calls()
         self._intercept: Callable[[Tensor, Packing, States | None, int], Pass] | None = None
         self._skip_told = False
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("_resolved", "_calls", "_graphless_calls", "_calls_so_far", "_intercept")
+        transient = ("_resolved", "_calls", "_intercept")
         return {name: value for name, value in self.__dict__.items() if name not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -392,47 +363,19 @@ class BNLSTMBase(nn.Module):
     def _run_training(self, x: Tensor, packing: Packing, hx: States | None, start: int) -> Pass:
         if packing.equal:  # nothing is taken from the population
             populations: list[Population | None] = [None] * len(self._all_suffixes())
-            if _in_backward():
+            if in_backward():
                 return self._through_layers(x, packing, hx, populations, regularise=True)
             done = self._through_layers(x, packing, hx, populations, regularise=True)
         else:
-            fingerprint = _fingerprint(x, packing, hx)
-            if _in_backward():
-                populations = self._populations_of_call(fingerprint)
+            mark = fingerprint(x, packing, hx)
+            if in_backward():
+                populations = self._calls.find(mark)
                 return self._through_layers(x, packing, hx, populations, regularise=True)
             populations = self._batch_populations(packing, start)
             done = self._through_layers(x, packing, hx, populations, regularise=True)
-            self._calls_so_far += 1
-            call = _Call(self._calls_so_far, fingerprint, populations)
-            nodes = [result.grad_fn for result in (done.rows, done.h_n, done.c_n)]
-            for node in nodes:  # whichever of the results goes on, the call is remembered with it
-                if node is not None:
-                    cast(dict[str, Any], node.metadata)["triton_bnlstm"] = call
-            if any(nodes):
-                self._calls.add(call)
-            else:
-                self._graphless_calls.append(call)
+            self._calls.remember(mark, populations, (done.rows, done.h_n, done.c_n))
         self._learn(done.moments, start)
         return done
-
-    def _populations_of_call(self, fingerprint: Tensor) -> list[Population | None]:
-        """What the call with this input took from the population, for its run again in the backward.
-
-        Calls on equal inputs are run again latest first, as a backward does; each once in one backward.
-        """
-        backward = torch._C._current_graph_task_id()
-        calls = [call for call in (*self._calls, *self._graphless_calls) if call.matches(fingerprint)]
-        if not calls:
-            raise RuntimeError(
-                "a forward in training ran inside a backward pass, but no earlier forward of this layer on this input "
-                "is known: the statistics that it was normalised with are gone. With reentrant checkpoints no more "
-                "than 16 calls can wait for their backward; use_reentrant=False has no such limit"
-            )
-        call = max(calls, key=lambda call: (call.backward != backward, call.number))
-        call.backward = backward
-        if call in self._graphless_calls:
-            self._graphless_calls.remove(call)
-        return call.populations
 
     def _learn(self, moments: list[Statistics | None], start: int) -> None:
         """Merge a training step into the population, all directions or none."""
@@ -456,14 +399,6 @@ class BNLSTMBase(nn.Module):
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-
-def _fingerprint(x: Tensor, packing: Packing, hx: States | None) -> Tensor:
-    """What tells one call from another: sums over the rows of the input and the states, and the rows of each step."""
-    wide = accumulation_dtype(x.dtype)
-    parts = [x.detach().sum(0, dtype=wide), packing.count.to(wide)]
-    parts += [state.detach().sum((0, 1), dtype=wide) for state in hx or ()]
-    return torch.cat(parts)
 
 
 # Lazily: importing torch._dynamo takes a second, which nobody should pay who does not compile.
