@@ -22,6 +22,10 @@ from bench.__main__ import main
 
 CPU = torch.device("cpu")
 
+pytestmark = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="the package that holds the spoken digits has no release for Python 3.10"
+)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:

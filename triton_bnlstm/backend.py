@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from ._version import __version__
 
-Backend = Literal["auto", "reference", "triton"]
 BACKENDS = ("auto", "reference", "triton")
 
 
