@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import Parameters, Problem, Saved, Used, accumulation_dtype
-from .statistics import Statistics
+from .reference import Parameters, Problem, Saved, Used, accumulation_dtype, centre
+from .statistics import Population, Statistics
 
 # Rows whose pre-activation gradients are held at once: enough for an efficient weight-gradient GEMM, few enough for
 # them to stay in a CPU's cache.
@@ -62,6 +62,14 @@ class _NormBackward:
         if mask is not None:
             out.mul_(mask)
 
+    def row_sums(self, weight: Tensor, pull: Tensor) -> Tensor:
+        """Σ dz over the rows of each step, [T, C], where Σ deviation = n·pull and weight [T, 1] is n/(n+κ).
+
+        From the formula and not from the rows: exactly zero where there are no phantom rows, as rounded rows are not.
+        """
+        product = weight * pull * self.rstd.square() * self.sum_dy_deviation
+        return torch.stack(self.scale) * ((1 - weight) * self.sum_dy - product)
+
     def gamma_gradient(self) -> Tensor:
         """Σ dy·ẑ over all rows and steps, [C]."""
         return (self.sum_dy_deviation * self.rstd).sum(0)
@@ -105,7 +113,7 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor, Tensor, Parameters]:
     """Gradients of x, h_0, c_0 and the parameters.
 
-    result: output rows [R, H], W_x x [R, 4H] and the statistics that normalised it.
+    result: output rows [R, H], z_x [R, 4H] and the statistics that normalised it.
     gradients: of output rows, h_n, c_n.
     """
     packing, sizes = problem.packing, problem.packing.sizes
@@ -195,10 +203,17 @@ def _backward(
         else:
             h_before = torch.cat([h_rows[t - 1][: sizes[t]] if t > 0 else h_0 for t in range(first, last)])
         d_weight_hh += d_z_block.to(dtype).t() @ h_before
-        d_weight_ih += d_z_x_block.to(dtype).t() @ x[begin:end]
+        x_block = x[begin:end]
+        if used.x_mean is not None:  # made again, so that it need not be kept; rows left out have no gradient
+            x_block = centre(x_block, used.x_mean, packing, first, last)
+        d_weight_ih += d_z_x_block.to(dtype).t() @ x_block
         if d_x is not None:
             torch.mm(d_z_x_block.to(dtype), p.weight_ih, out=d_x[begin:end])
         end = begin
+
+    if used.pull is not None:  # Σ dz ⊗ x̄; without phantom rows a step's Σ dz is zero
+        weight = cast(Tensor, cast(Population, problem.population).weight).to(wide)[:, None]
+        d_weight_ih += norm_ih.row_sums(weight, used.pull).t() @ cast(Tensor, used.x_mean)
 
     d_parameters = Parameters(
         d_weight_ih.to(dtype),
@@ -231,15 +246,15 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         tensors: tuple[Any, ...] = ctx.saved_tensors
-        inputs, results, flat = tensors[:10], tensors[10:14], tensors[14:]
+        inputs, results, flat = tensors[:10], tensors[10:16], tensors[16:]
         needed: tuple[bool, ...] = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             return None, None, *_differentiable_backward(inputs, ctx.problem, gradients, needed)
-        rows, z_x, mean, rstd = results
+        rows, z_x, *used = results
         width = len(Saved._fields)
         saved = [Saved(*flat[k : k + width]) for k in range(0, len(flat), width)]
         x, h, c, *parameters = inputs
-        result = rows, z_x, Used(mean, rstd)
+        result = rows, z_x, Used(*used)
         d_x, d_h, d_c, d_parameters = _backward(
             x, h, c, Parameters(*parameters), ctx.problem, result, saved, gradients, needed[0]
         )

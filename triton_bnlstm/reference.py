@@ -6,6 +6,11 @@ it as often as one likes. What the library calls is `bptt.layer`: this forward w
 Shapes: R rows of T steps, n = n_t rows in step t, B sequences, D input features, H hidden units, C = 4H gate columns in
 the order i, f, g, o. Statistics, gates and cell state are float32 (float64 for float64 parameters) whatever the
 parameters' dtype; matrix products are in the parameters' dtype.
+
+In training the mean x̄ of a step's rows (over sequences: of all rows) is taken off x before W_x meets it. Batch norm
+does not see shifts, so nothing changes but the rounding: z_x = W_x (x − x̄) is rounded relative to deviations, and not
+to a mean that may be large. With constant statistics x stays as it is: there a row's result must not depend on its
+batch.
 """
 
 from __future__ import annotations
@@ -62,10 +67,12 @@ class Problem(NamedTuple):
 
 
 class Used(NamedTuple):
-    """Statistics that normalise the rows of all steps: mean and 1/√(var + ε), each [T, C] or [1, C]."""
+    """Statistics that normalise the rows of all steps, each [T, C] or [1, C]."""
 
-    mean: Tensor
-    rstd: Tensor
+    mean: Tensor  # relative to what z_x holds: of W_x (x − x̄) in training, of W_x x where statistics are constants
+    rstd: Tensor  # 1/√(var + ε)
+    x_mean: Tensor | None  # x̄ [T, D] or [1, D]; None where statistics are constants
+    pull: Tensor | None  # [T, C] batch's own mean − mean used; None where there are no phantom rows
 
 
 class Saved(NamedTuple):
@@ -101,15 +108,46 @@ def _moments_of_valid_rows(z: Tensor, mask: Tensor, count: Tensor) -> tuple[Tens
     return mean, (deviation * mask).square().sum(-2) / count, deviation
 
 
-def _fill_seats(mean: Tensor, var: Tensor, population: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments of the batch's rows and the phantom rows together; `weight` is the batch's share of them."""
-    gap = mean - population[0]
-    mixed = weight * var + (1 - weight) * population[1] + weight * (1 - weight) * gap.square()
-    return mean - (1 - weight) * gap, mixed  # in this form exact at weight 1
+def _fill_seats(gap: Tensor, var: Tensor, population_var: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What phantom rows take off the batch's mean, and the variance of its rows and phantom rows together.
+
+    gap: the batch's mean − the population's. `weight` is the batch's share of the rows; at 1 both are exact.
+    """
+    mixed = weight * var + (1 - weight) * population_var + weight * (1 - weight) * gap.square()
+    return (1 - weight) * gap, mixed
+
+
+def _input_mean(x: Tensor, problem: Problem) -> Tensor:
+    """x̄ in the accumulation dtype: mean of each step's valid rows [T, D], or [1, D] over sequences.
+
+    Any constant near the mean would do: results do not depend on it but for rounding, so it has no gradient.
+    """
+    packing, wide = problem.packing, accumulation_dtype(x.dtype)
+    x, count = x.detach(), packing.count.to(wide)
+    if packing.mask is not None:
+        x = torch.where(packing.mask, x, 0)
+    if not problem.over_time:
+        return (x.sum(0, dtype=wide) / count.sum())[None]
+    if packing.sizes[-1] == packing.batch:
+        total = x.unflatten(0, (-1, packing.batch)).sum(1, dtype=wide)
+    else:
+        total = torch.stack([part.sum(0, dtype=wide) for part in x.split(packing.sizes)])
+    return total / count.clamp_min(1)[:, None]
+
+
+def centre(x: Tensor, mean: Tensor, packing: Packing, first: int = 0, last: int | None = None) -> Tensor:
+    """X − x̄ for the rows x [.., D] of steps [first, last), rounded to x's dtype; mean [T, D] or [1, D]."""
+    if mean.shape[0] == 1:
+        return (x - mean).to(x.dtype)
+    sizes, mean = packing.sizes[first:last], mean[first:last]
+    if sizes[0] == sizes[-1]:
+        return (x.unflatten(0, (len(sizes), -1)) - mean[:, None]).to(x.dtype).flatten(0, 1)
+    held = packing.count[first:last].long()
+    return (x - mean.repeat_interleave(held, 0, output_size=x.shape[0])).to(x.dtype)
 
 
 def _input_moments(z: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Moments of W_x x [R, C] in all steps at once: [T, C], or [1, C] over sequences."""
+    """Moments of z_x [R, C] in all steps at once: [T, C], or [1, C] over sequences."""
     packing = problem.packing
     count = packing.count.to(z.dtype)
     if not problem.over_time:
@@ -135,19 +173,31 @@ def _one_step_at_a_time(z: Tensor, packing: Packing) -> bool:
     return packing.sizes[-1] != packing.batch or z.device.type == "cpu"
 
 
-def _use_input_statistics(z: Tensor, problem: Problem) -> tuple[Used, Moments | None]:
-    """Statistics of the input norm for all steps, and the batch's own moments (None when frozen)."""
+def _use_input_statistics(
+    z: Tensor, x_mean: Tensor | None, weight_ih: Tensor, problem: Problem
+) -> tuple[Used, Moments | None]:
+    """Statistics of the input norm for all steps, and the batch's own moments of W_x x (None when frozen).
+
+    z: W_x (x − x̄), or W_x x when frozen, where x_mean is None.
+    """
     population = problem.population
-    if population is not None and population.weight is None:
-        mean, var = population.ih
-        return Used(mean, (var + problem.eps).rsqrt()), None
+    if x_mean is None:
+        mean, var = cast(Population, population).ih
+        return Used(mean, (var + problem.eps).rsqrt(), None, None), None
     mean, var = _input_moments(z, problem)
+    # W_x x̄ may be large and its distance from the population small. It is one row per step, so float64 costs little,
+    # and neither autocast nor TF32 rounds it.
+    offset = F.linear(x_mean.double(), weight_ih.double())
     count = problem.packing.count
-    own = Moments(mean.detach(), var.detach(), count if problem.over_time else count.sum(0, keepdim=True))
+    own_count = count if problem.over_time else count.sum(0, keepdim=True)
+    own = Moments((mean + offset).to(z.dtype).detach(), var.detach(), own_count)
+    pull = None
     if population is not None and problem.over_time:
         weight = cast(Tensor, population.weight).to(z.dtype)[:, None]
-        mean, var = _fill_seats(mean, var, population.ih, weight)
-    return Used(mean, (var + problem.eps).rsqrt()), own
+        gap = (mean + (offset - population.ih[0])).to(z.dtype)
+        pull, var = _fill_seats(gap, var, population.ih[1], weight)
+        mean = mean - pull
+    return Used(mean, (var + problem.eps).rsqrt(), x_mean, pull), own
 
 
 class _StepNorm:
@@ -180,8 +230,9 @@ class _StepNorm:
         self.means.append(mean)
         self.vars.append(var)
         if mask is not None or z.shape[0] < self.problem.packing.batch:
-            mean, var = _fill_seats(mean, var, self.population[t], self.weight[t])
-            deviation = z - mean
+            population_mean, population_var = self.population[t]
+            pull, var = _fill_seats(mean - population_mean, var, population_var, self.weight[t])
+            deviation = z - (mean - pull)
         return deviation, (var + eps).rsqrt()
 
     def moments(self) -> Moments:
@@ -208,14 +259,18 @@ def forward(
 
     Returns:
         output rows [R, H]; h_n and c_n [B, H], each sequence's at its own last step; the batch's moments (None when
-        statistics are frozen); W_x x [R, 4H] and the statistics that normalise it.
+        statistics are frozen); z_x [R, 4H] and the statistics that normalise it.
     """
     weight_ih, weight_hh, bias, gamma_ih, gamma_hh, gamma_c, beta_c = parameters
     packing, population = problem.packing, problem.population
     wide = accumulation_dtype(weight_hh.dtype)
 
+    x_mean = None if problem.frozen else _input_mean(x, problem)
+    if x_mean is not None:
+        x = centre(x, x_mean, packing)
+        x = x if packing.mask is None else torch.where(packing.mask, x, 0)  # −x̄ is finite, W_x x̄ need not be
     z_x = F.linear(x, weight_ih).to(wide)  # [R, 4H]
-    used, own_ih = _use_input_statistics(z_x, problem)
+    used, own_ih = _use_input_statistics(z_x, x_mean, weight_ih, problem)
     scale = gamma_ih.to(wide) * used.rstd  # [T, 4H]
     shift = -used.mean * scale if bias is None else bias.to(wide) - used.mean * scale
     steps = len(packing.sizes)
