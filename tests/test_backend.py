@@ -55,6 +55,6 @@ def test_backends_that_run(backend):
 
 def test_a_backend_that_cannot_run_raises_instead_of_falling_back():
     layer = BNLSTM(3, 4, max_length=5, backend="triton")
-    with pytest.raises(RuntimeError, match="no Triton kernels"):
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         layer(torch.randn(5, 2, 3))
     assert (layer.count_hh_l0 == 0).all()

@@ -203,7 +203,8 @@ def test_a_default_device_does_not_move_lengths():
 
 def test_lengths_on_a_device_are_clamped():
     packing = Packing.of_device_lengths(4, torch.tensor([-3, 0, 2, 9]))
-    assert packing.lengths.tolist() == [1, 1, 2, 4]
+    assert packing.lengths.tolist() == [4, 2, 1, 1]
+    assert packing.order.tolist() == [3, 2, 0, 1]
 
 
 def test_lengths_on_a_device_are_never_looked_at():

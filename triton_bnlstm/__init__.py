@@ -6,7 +6,7 @@ tells what will run.
 """
 
 from ._version import __version__
-from .backend import BackendReport, backend_report
+from .backend import BackendReport, backend_report, use_backend
 from .cell import BNLSTMCell
 from .estimate import estimate_statistics
 from .functional import Result, bn_lstm
@@ -27,4 +27,5 @@ __all__ = [
     "bn_lstm",
     "estimate_statistics",
     "update_statistics",
+    "use_backend",
 ]

@@ -13,9 +13,10 @@ from torch._compile import _disable_dynamo
 
 from . import checks, functional
 from .backend import BACKENDS
+from .dispatch import run
 from .packing import Packing
 from .recompute import Calls, fingerprint, in_backward
-from .reference import Parameters, Problem, accumulation_dtype
+from .reference import Call, Parameters, Problem, accumulation_dtype
 from .statistics import (
     Moments,
     Population,
@@ -67,7 +68,7 @@ class BNLSTMBase(nn.Module):
         recurrent_init: str,
         forget_bias: float,
         initial_noise: float,
-        backend: str,
+        backend: str | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -85,7 +86,7 @@ class BNLSTMBase(nn.Module):
         self.recurrent_init = checks.choice("recurrent_init", recurrent_init, RECURRENT_INITS)
         self.forget_bias = checks.real("forget_bias", forget_bias)
         self.initial_noise = checks.real("initial_noise", initial_noise, minimum=0)
-        self.backend = checks.choice("backend", backend, BACKENDS)
+        self.backend = None if backend is None else checks.choice("backend", backend, BACKENDS)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating dtype, got {dtype}")
         self.dropout = 0.0
@@ -307,10 +308,9 @@ class BNLSTMBase(nn.Module):
         c_n: list[Tensor] = []
         moments: list[Statistics | None] = []
         for k, directions in enumerate(self._suffixes):
-            outputs = []
+            calls = []
             for direction, suffix in enumerate(directions):
-                parameters = self._parameters_of(suffix)
-                place = len(h_n)
+                place = k * len(directions) + direction
                 if hx is not None:
                     h, c = hx[0][place], hx[1][place]
                 else:
@@ -319,11 +319,13 @@ class BNLSTMBase(nn.Module):
                         h = torch.randn_like(h) * self.initial_noise
                 problem = Problem(packing, populations[place], self.input_stats == "time", self.eps)
                 turned = x if direction == 0 or mirrored is None else x.index_select(0, mirrored)
-                rows, h, c, own = functional.run(turned, h, c, parameters, problem, self.backend)
-                outputs.append(rows if direction == 0 or mirrored is None else rows.index_select(0, mirrored))
-                h_n.append(h)
-                c_n.append(c)
-                moments.append(own)
+                calls.append(Call(turned, h, c, self._parameters_of(suffix), problem))
+            outputs = []
+            for direction, ran in enumerate(run(calls, self.backend)):
+                outputs.append(ran.rows if direction == 0 or mirrored is None else ran.rows.index_select(0, mirrored))
+                h_n.append(ran.h_n)
+                c_n.append(ran.c_n)
+                moments.append(ran.moments)
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
             if regularise and self.dropout > 0 and k + 1 < len(self._suffixes):
                 x = F.dropout(x, self.dropout)

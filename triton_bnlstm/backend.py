@@ -3,13 +3,87 @@
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
+from . import checks
 from ._version import __version__
 
 BACKENDS = ("auto", "reference", "triton")
+_VARIABLE = "TRITON_BNLSTM_BACKEND"
+_chosen: ContextVar[str | None] = ContextVar("triton_bnlstm_backend", default=None)
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within it, layers and functions that name no backend use this one: "auto", "reference" or "triton".
+
+    Raises:
+        TypeError, ValueError: no such backend.
+    """
+    token = _chosen.set(checks.choice("backend", backend, BACKENDS))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def requested_backend(argument: str | None) -> str:
+    """What is asked for: by the argument, else the innermost `use_backend`, else the environment, else "auto".
+
+    Raises:
+        ValueError: the environment variable names no backend.
+    """
+    if argument is not None:
+        return argument
+    return _chosen.get() or checks.choice(_VARIABLE, os.environ.get(_VARIABLE) or "auto", BACKENDS)
+
+
+@lru_cache(maxsize=1)
+def _triton() -> tuple[str | None, str]:
+    """Triton's version, or None and why it cannot be imported."""
+    try:
+        return str(importlib.import_module("triton").__version__), ""
+    except Exception as error:  # a broken install may raise anything: that is what the report is for
+        return None, f"{type(error).__name__}: {error}"
+
+
+def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot compute on this device in this dtype; None if they can."""
+    if device.type not in ("cuda", "cpu"):
+        return f"the kernels run on CUDA and ROCm devices, not on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels compute in float32, bfloat16 and float16, not in {dtype}".replace("torch.", "")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "tensors are on the CPU, where the kernels run in Triton's interpreter only (TRITON_INTERPRET=1)"
+    version, reason = _triton()
+    if version is None:
+        return f"Triton cannot be imported ({reason})"
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < (7, 5):
+            return f"the kernels need compute capability 7.5, this device has {major}.{minor}"
+        if dtype == torch.bfloat16 and major < 8:
+            return f"bfloat16 needs compute capability 8.0, this device has {major}.{minor}"
+    return _why_not_compiled() if device.type == "cuda" else _why_not_interpreted()
+
+
+def _interpreted() -> bool:
+    return bool(importlib.import_module("triton_bnlstm.kernels.launch").interpreted())
+
+
+def _why_not_compiled() -> str | None:
+    return "TRITON_INTERPRET=1 was set when the kernels were imported" if _interpreted() else None
+
+
+def _why_not_interpreted() -> str | None:
+    return None if _interpreted() else "TRITON_INTERPRET=1 was set after the kernels had been imported"
 
 
 @dataclass(frozen=True)
@@ -44,25 +118,22 @@ class BackendReport:
 
 def backend_report() -> BackendReport:
     """Versions, devices, and the backend that will be used and why. Needs neither Triton nor a GPU."""
-    try:
-        triton = str(importlib.import_module("triton").__version__)
-    except Exception as error:  # a broken install may raise anything: that is what the report is for
-        triton = f"not importable ({type(error).__name__}: {error})"
+    version, reason = _triton()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        backend, why = "reference", "torch sees no accelerator, and on a CPU the kernels run in an interpreter only"
+    else:
+        why_not = why_no_kernels(torch.device("cuda", torch.cuda.current_device()), torch.float32)
+        backend = "triton" if why_not is None else "reference"
+        why = why_not or "on accelerators; tensors on a CPU, and float64, take the reference path"
+    requested = requested_backend(None)
+    if requested != "auto":
+        backend, why = requested, f"asked for by use_backend or {_VARIABLE}"
     return BackendReport(
         version=__version__,
         torch=torch.__version__,
-        triton=triton,
+        triton=version or f"not importable ({reason})",
         devices=tuple(torch.cuda.get_device_name(k) for k in range(count)),
-        backend="reference",
-        reason="this version has no Triton kernels yet; every device runs the eager PyTorch path",
+        backend=backend,
+        reason=why,
     )
-
-
-def choose_backend(requested: str) -> str:
-    """The backend that runs a call. Raises RuntimeError where the requested one cannot."""
-    if requested == "triton":
-        raise RuntimeError(
-            'backend="triton": this version has no Triton kernels yet; use backend="auto" or "reference"'
-        )
-    return "reference"

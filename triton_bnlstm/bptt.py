@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import Parameters, Problem, Saved, Used, accumulation_dtype, centre
+from .reference import Call, Parameters, Problem, Ran, Saved, Used, accumulation_dtype, centre
 from .statistics import Population, Statistics
 
 # Rows whose pre-activation gradients are held at once: enough for an efficient weight-gradient GEMM, few enough for
@@ -100,7 +100,7 @@ def _blocks(sizes: tuple[int, ...], rows: int) -> list[tuple[int, int]]:
     return blocks
 
 
-def _backward(
+def backward(
     x: Tensor,
     h_0: Tensor,
     c_0: Tensor,
@@ -249,19 +249,19 @@ class _Layer(torch.autograd.Function):
         inputs, results, flat = tensors[:10], tensors[10:16], tensors[16:]
         needed: tuple[bool, ...] = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            return None, None, *_differentiable_backward(inputs, ctx.problem, gradients, needed)
+            return None, None, *differentiable_backward(inputs, ctx.problem, gradients, needed)
         rows, z_x, *used = results
         width = len(Saved._fields)
         saved = [Saved(*flat[k : k + width]) for k in range(0, len(flat), width)]
         x, h, c, *parameters = inputs
         result = rows, z_x, Used(*used)
-        d_x, d_h, d_c, d_parameters = _backward(
+        d_x, d_h, d_c, d_parameters = backward(
             x, h, c, Parameters(*parameters), ctx.problem, result, saved, gradients, needed[0]
         )
         return None, None, d_x, d_h, d_c, *d_parameters
 
 
-def _differentiable_backward(
+def differentiable_backward(
     inputs: tuple[Any, ...], problem: Problem, gradients: tuple[Tensor, ...], needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """The same gradients with a graph of their own, from `reference.forward` run again."""
@@ -274,17 +274,9 @@ def _differentiable_backward(
     return [next(found) if need else None for need in needed]
 
 
-def layer(
-    x: Tensor, h: Tensor, c: Tensor, parameters: Parameters, problem: Problem
-) -> tuple[Tensor, Tensor, Tensor, Statistics | None]:
-    """One layer and direction over rows: output rows [R, H], h_n and c_n [B, H], the batch's moments (None if frozen).
-
-    Args:
-        x: [R, D] input rows.
-        h, c: [B, H] states before the first step, in the order of the rows.
-        parameters: of this layer and direction.
-        problem: rows, population and options.
-    """
+def layer(call: Call) -> Ran:
+    """One layer and direction over rows, on the reference path."""
+    x, h, c, parameters, problem = call
     c_wide = c.to(accumulation_dtype(parameters.weight_hh.dtype))
     if torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in (x, h, c, *parameters)):
         holder: list[Statistics | None] = []
@@ -292,4 +284,4 @@ def layer(
         moments = holder[0]
     else:
         rows, h_n, c_n, moments, _, _ = reference.forward(x, h, c_wide, parameters, problem)
-    return rows, h_n, c_n.to(c.dtype), moments
+    return Ran(rows, h_n, c_n.to(c.dtype), moments)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from . import checks
 from ._base import BNLSTMBase, States
-from .backend import choose_backend
 from .module import BNLSTM
 from .packing import Packing
 
@@ -53,7 +52,7 @@ class BNLSTMCell(BNLSTMBase):
         momentum: float | None = 0.1,
         recurrent_init: str = "orthogonal",
         forget_bias: float = 1.0,
-        backend: str = "auto",
+        backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -111,7 +110,6 @@ class BNLSTMCell(BNLSTMBase):
     def forward(self, input: Tensor, hx: States | None = None, time: int = 0) -> States:
         """See the class."""
         like = self._parameters_of("").weight_hh
-        choose_backend(self.backend)
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a tensor, got {type(input).__name__}")
         if input.dim() not in (1, 2):

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import bptt, checks
-from .backend import BACKENDS, choose_backend
+from . import checks
+from .backend import BACKENDS
+from .dispatch import run
 from .packing import Packing
-from .reference import Parameters, Problem, accumulation_dtype
+from .reference import Call, Parameters, Problem, accumulation_dtype
 from .statistics import Population, Statistics, population_at_steps, resolve_statistics, training_population
 
 INPUT_STATS = ("time", "sequence")
@@ -78,14 +79,6 @@ def population_of(
     return population_at_steps(resolved, start, len(packing.sizes), None, over_time)
 
 
-def run(
-    x: Tensor, h: Tensor, c: Tensor, parameters: Parameters, problem: Problem, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Statistics | None]:
-    """One layer and direction over rows, on the chosen backend: rows [R, H], h_n, c_n [B, H], moments."""
-    assert choose_backend(backend) == "reference"
-    return bptt.layer(x, h, c, parameters, problem)
-
-
 def bn_lstm(
     input: Tensor | PackedSequence,
     parameters: Parameters,
@@ -99,7 +92,7 @@ def bn_lstm(
     input_stats: str = "time",
     prior_count: float | None = None,
     eps: float = 1e-5,
-    backend: str = "auto",
+    backend: str | None = None,
 ) -> Result:
     """Batch-normalised LSTM of Cooijmans et al. 2016, equations (6)–(8), over one layer in one direction.
 
@@ -120,7 +113,7 @@ def bn_lstm(
         input_stats: statistics of W_x x per time step ("time") or over all valid steps ("sequence").
         prior_count: at most so many phantom rows per step; None: every vacated seat; 0: none.
         eps: ε added to variances.
-        backend: "auto", "reference" or "triton".
+        backend: "auto", "reference" or "triton"; None: what `use_backend` or TRITON_BNLSTM_BACKEND say, else "auto".
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
@@ -132,7 +125,8 @@ def bn_lstm(
         raise TypeError(f"statistics must be Statistics, got {type(statistics).__name__}")
     checks.flag("training", training)
     checks.flag("reverse", reverse)
-    choose_backend(checks.choice("backend", backend, BACKENDS))
+    if backend is not None:
+        checks.choice("backend", backend, BACKENDS)
     checks.choice("input_stats", input_stats, INPUT_STATS)
     checks.real("eps", eps, above=0)
     if prior_count is not None:
@@ -160,7 +154,8 @@ def bn_lstm(
     over_time = input_stats == "time"
     population = population_of(statistics, packing, start, training, over_time, prior_count)
     x = x.index_select(0, packing.mirror) if reverse else x
-    rows, h_n, c_n, moments = run(x, h, c, parameters, Problem(packing, population, over_time, eps), backend)
+    call = Call(x, h, c, parameters, Problem(packing, population, over_time, eps))
+    rows, h_n, c_n, moments = run([call], backend)[0]
     rows = rows.index_select(0, packing.mirror) if reverse else rows
     return Result(from_rows(rows, packing, input, False), packing.unseat(h_n), packing.unseat(c_n), moments)
 

@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, functional
 from ._base import BNLSTMBase, States
-from .backend import choose_backend
 from .statistics import Moments, resolve_statistics
 
 
@@ -56,7 +55,9 @@ class BNLSTM(BNLSTMBase):
             are constant at the first steps (the black frame of MNIST) then have a variance. `estimate_statistics`
             leaves it out, so first steps are then normalised by smaller variances than the running statistics have:
             compare both on held-out data, or give the noise as hx through its `forward`.
-        backend: "auto", "reference" or "triton"; one that cannot run raises at the call, it never falls back.
+        backend: "auto" takes the Triton kernels on a GPU where they can run, else the reference path, and says why
+            once; "reference"; "triton" raises at the call where they cannot run. None: what `use_backend` or the
+            environment variable TRITON_BNLSTM_BACKEND say, else "auto".
         device, dtype: of the parameters. Statistics are float32 (float64 for float64 parameters), counts float64.
 
     Inputs: input, hx=None, lengths=None, start=0
@@ -112,7 +113,7 @@ class BNLSTM(BNLSTMBase):
         recurrent_init: str = "orthogonal",
         forget_bias: float = 1.0,
         initial_noise: float = 0.0,
-        backend: str = "auto",
+        backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -173,7 +174,6 @@ class BNLSTM(BNLSTMBase):
     ) -> tuple[Tensor | PackedSequence, States]:
         """See the class."""
         like = self._parameters_of(self._suffixes[0][0]).weight_hh
-        choose_backend(self.backend)
         checks.rows_of_input(input, self.input_size, self.batch_first, like)
         host_lengths = functional.check_lengths(input, lengths, self.batch_first)
         start = checks.integer("start", start, 0)
@@ -244,7 +244,7 @@ class BNLSTM(BNLSTMBase):
             "recurrent_init": "orthogonal",
             "forget_bias": 1.0,
             "initial_noise": 0.0,
-            "backend": "auto",
+            "backend": None,
         }
         shown += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
         return ", ".join(shown)
@@ -261,7 +261,7 @@ class BNLSTM(BNLSTMBase):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         initial_noise: float = 0.0,
-        backend: str = "auto",
+        backend: str | None = None,
     ) -> BNLSTM:
         """A layer with an nn.LSTM's weights, that in eval() computes what the LSTM does until its statistics change.
 

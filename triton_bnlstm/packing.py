@@ -5,7 +5,7 @@ so on, as in a `PackedSequence`. Sequences are sorted by length, so the rows of 
 sequences, and finished sequences cost no work. Padding is never read, so it may hold anything.
 
 When the lengths live on an accelerator, n_t is not known to the host without a synchronisation. Then every step holds
-all B rows, in the caller's order, and `mask` tells the valid ones.
+all B rows, of which the first n_t are valid: `mask` tells which, and kernels read n_t where it is.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Packing:
     def of_device_lengths(cls, steps: int, lengths: Tensor) -> Packing:
         """Lengths [B] that the host must not look at: clamped to 1..T, and a mask instead of a prefix."""
         batch = lengths.numel()
-        lengths = lengths.to(torch.int64).clamp(1, steps)
+        lengths, order = torch.sort(lengths.to(torch.int64).clamp(1, steps), descending=True, stable=True)
         valid = lengths > torch.arange(steps, device=lengths.device)[:, None]  # [T, B]
         return cls(
             sizes=(batch,) * steps,
@@ -92,6 +92,8 @@ class Packing:
             steps=steps,
             count=valid.sum(1, dtype=torch.float64),
             lengths=lengths,
+            order=order,
+            inverse=torch.argsort(order),
             mask=valid.reshape(-1, 1),
         )
 
@@ -126,11 +128,27 @@ class Packing:
         seat = torch.arange(sum(self.sizes), device=device) - first[time]
         return first[self.lengths[seat] - 1 - time] + seat
 
+    @cached_property
+    def first_rows(self) -> Tensor:
+        """[len(sizes) + 1] int64: with B initial states put before the rows, the row where the state before step t
+        begins, at t; and where the state after the last step does.
+        """
+        if self.mask is not None:
+            return torch.arange(len(self.sizes) + 1, device=self.count.device) * self.batch
+        held = self.count.to(torch.int64)
+        return torch.cat([held.new_zeros(1), self.batch + held.cumsum(0) - held])
+
+    @cached_property
+    def valid_rows(self) -> Tensor:
+        """[len(sizes)] int32, `count` as kernels read it."""
+        return self.count.to(torch.int32)
+
     def pack(self, rectangle: Tensor) -> Tensor:
         """[T, B, ·] → rows [R, ·]; gradients of padding are zero."""
+        if self.mask is not None and self.order is not None:
+            seated = rectangle.index_select(1, self.order)
+            return torch.where(self.mask, seated.reshape(-1, rectangle.shape[-1]), 0)
         flat = rectangle.reshape(-1, rectangle.shape[-1])
-        if self.mask is not None:
-            return torch.where(self.mask, flat, 0)
         return flat if self.index is None else flat.index_select(0, self.index)
 
     def unpack(self, rows: Tensor) -> Tensor:
@@ -138,7 +156,10 @@ class Packing:
         if self.index is not None:
             flat = rows.new_zeros(self.steps * self.batch, rows.shape[1])
             rows = flat.index_copy(0, self.index, rows)
-        return rows.reshape(self.steps, self.batch, -1)
+        rectangle = rows.reshape(self.steps, self.batch, -1)
+        if self.mask is not None and self.inverse is not None:
+            return rectangle.index_select(1, self.inverse)
+        return rectangle
 
     def seat(self, state: Tensor) -> Tensor:
         """[.., B, H] in the caller's order → in the order of the rows."""

@@ -24,6 +24,8 @@ from torch import Tensor
 from .packing import Packing
 from .statistics import Moments, Population, Statistics
 
+Pair = tuple[Tensor, Tensor]  # mean and variance
+
 
 class Parameters(NamedTuple):
     """Parameters of one layer and direction; gate order i, f, g, o.
@@ -64,6 +66,25 @@ class Problem(NamedTuple):
     def frozen(self) -> bool:
         """Statistics are constants of the population: nothing is computed from the rows."""
         return self.population is not None and self.population.weight is None
+
+
+class Call(NamedTuple):
+    """One layer and direction to be computed: x [R, D]; h and c [B, H] before the first step, in the rows' order."""
+
+    x: Tensor
+    h: Tensor
+    c: Tensor
+    parameters: Parameters
+    problem: Problem
+
+
+class Ran(NamedTuple):
+    """What a call gives: rows [R, H], h_n and c_n [B, H], the batch's moments (None when statistics are frozen)."""
+
+    rows: Tensor
+    h_n: Tensor
+    c_n: Tensor
+    moments: Statistics | None
 
 
 class Used(NamedTuple):
@@ -115,6 +136,12 @@ def _fill_seats(gap: Tensor, var: Tensor, population_var: Tensor, weight: Tensor
     """
     mixed = weight * var + (1 - weight) * population_var + weight * (1 - weight) * gap.square()
     return (1 - weight) * gap, mixed
+
+
+def with_phantom_rows(own: Pair, population: Pair, weight: Tensor) -> Pair:
+    """Mean and variance of the batch's rows and the phantom rows together, from those of each."""
+    pull, var = _fill_seats(own[0] - population[0], own[1], population[1], weight)
+    return own[0] - pull, var
 
 
 def _input_mean(x: Tensor, problem: Problem) -> Tensor:
@@ -200,6 +227,17 @@ def _use_input_statistics(
     return Used(mean, (var + problem.eps).rsqrt(), x_mean, pull), own
 
 
+def project_input(x: Tensor, weight_ih: Tensor, problem: Problem) -> tuple[Tensor, Used, Moments | None]:
+    """z_x of all rows [R, 4H] in the accumulation dtype, the statistics that normalise it, and the batch's moments."""
+    x_mean = None if problem.frozen else _input_mean(x, problem)
+    if x_mean is not None:
+        x = centre(x, x_mean, problem.packing)
+        if problem.packing.mask is not None:
+            x = torch.where(problem.packing.mask, x, 0)  # −x̄ is finite, W_x x̄ need not be
+    z_x = F.linear(x, weight_ih).to(accumulation_dtype(weight_ih.dtype))
+    return z_x, *_use_input_statistics(z_x, x_mean, weight_ih, problem)
+
+
 class _StepNorm:
     """A norm inside the recurrence: the hidden pre-activation's or the cell state's.
 
@@ -265,12 +303,7 @@ def forward(
     packing, population = problem.packing, problem.population
     wide = accumulation_dtype(weight_hh.dtype)
 
-    x_mean = None if problem.frozen else _input_mean(x, problem)
-    if x_mean is not None:
-        x = centre(x, x_mean, packing)
-        x = x if packing.mask is None else torch.where(packing.mask, x, 0)  # −x̄ is finite, W_x x̄ need not be
-    z_x = F.linear(x, weight_ih).to(wide)  # [R, 4H]
-    used, own_ih = _use_input_statistics(z_x, x_mean, weight_ih, problem)
+    z_x, used, own_ih = project_input(x, weight_ih, problem)
     scale = gamma_ih.to(wide) * used.rstd  # [T, 4H]
     shift = -used.mean * scale if bias is None else bias.to(wide) - used.mean * scale
     steps = len(packing.sizes)

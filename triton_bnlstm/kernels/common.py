@@ -1,0 +1,171 @@
+"""What the recurrent kernels share: the recurrent product, moments of rows, gates.
+
+Tiles have *hidden units on the first axis and batch rows on the second*, so that a sum over the batch runs along
+registers. A program owns U hidden units, that is 4U gate columns; tile row r is gate r % 4 (order i, f, g, o) of unit
+r // 4. H and B in comments are the hidden size and the batch, BB the rows of a tile, BK the inner extent of a product.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def owned_columns(U: tl.constexpr, H: tl.constexpr):
+    """This program's units [U], its gate columns of 4H [4U], and which of them exist (bool [U], [4U])."""
+    first = tl.program_id(0) * U
+    unit = first + tl.arange(0, U)  # [U]
+    row = tl.arange(0, 4 * U)  # [4U]
+    unit_of_row = first + row // 4
+    return unit, (row % 4) * H + unit_of_row, unit < H, unit_of_row < H
+
+
+@triton.jit
+def load_weights(w_ptr, column, owned, k0, H: tl.constexpr, BK: tl.constexpr):
+    """Columns k0..k0+BK of the rows `column` of W_hh [4H, H] → [4U, BK], zero where there is none."""
+    k = k0 + tl.arange(0, BK)  # [BK]
+    rows = w_ptr + column.to(tl.int64)[:, None] * H  # [4U, 1]
+    if H % BK == 0:
+        return tl.load(rows + k[None, :], mask=owned[:, None], other=0.0)
+    return tl.load(rows + k[None, :], mask=owned[:, None] & (k < H)[None, :], other=0.0)
+
+
+@triton.jit
+def load_slice(w_ptr, column, owned, H: tl.constexpr, BK: tl.constexpr, RESIDENT: tl.constexpr):
+    """With RESIDENT the program's whole slice of W_hh as a tuple of tiles [4U, BK], else an empty one."""
+    tiles = ()
+    if RESIDENT:
+        for i in tl.static_range((H + BK - 1) // BK):
+            tile = load_weights(w_ptr, column, owned, i * BK, H, BK)
+            tiles = tiles + (tile,)  # type: ignore[assignment] # noqa: RUF005  # Triton knows no starred tuple
+    return tiles
+
+
+@triton.jit
+def load_state(h_ptr, b, live, k0, H: tl.constexpr, BK: tl.constexpr):
+    """Hᵀ: units k0..k0+BK of the rows b of a state [·, H] → [BK, BB], zero in rows that are not live."""
+    k = k0 + tl.arange(0, BK)  # [BK]
+    rows = h_ptr + b.to(tl.int64)[None, :] * H  # [1, BB]
+    # .cg: these rows were written by other programs, so they are looked for where all programs see the same
+    if H % BK == 0:
+        return tl.load(rows + k[:, None], mask=live[None, :], other=0.0, cache_modifier=".cg")
+    return tl.load(rows + k[:, None], mask=live[None, :] & (k < H)[:, None], other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def state_rows(pointer, row0, b, unit, H: tl.constexpr):
+    """Pointers [U, BB] to units of the rows row0 + b of a state [·, H]."""
+    return pointer + (row0 + b.to(tl.int64))[None, :] * H + unit[:, None]
+
+
+@triton.jit
+def load_input(x_ptr, column, owned, row0, b, live, H: tl.constexpr, NARROW: tl.constexpr):
+    """The input of the rows row0 + b: W_ih x [R, 4H] → [4U, BB]; with NARROW x itself [R] → [1, BB].
+
+    As it stands in memory: loaded before the recurrent product and used after it, it should take few registers.
+    """
+    if NARROW:
+        return tl.load(x_ptr + row0 + b, mask=live, other=0.0)[None, :]
+    rows = x_ptr + (row0 + b.to(tl.int64))[None, :] * (4 * H)  # [1, BB]
+    return tl.load(rows + column[:, None], mask=owned[:, None] & live[None, :], other=0.0)
+
+
+@triton.jit
+def multiply(w, h, z, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Z [4U, BB] + w [4U, BK] · h [BK, BB], accumulated in float32."""
+    if INTERPRETED:  # the interpreter's product is wrong for bfloat16
+        w = w.to(tl.float32)
+        h = h.to(tl.float32)
+    return tl.dot(w, h, z, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def recurrent_product(
+    h_ptr,
+    w_ptr,
+    resident,
+    column,
+    owned,
+    b,
+    live,
+    H: tl.constexpr,
+    BK: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """W_hh h for this program's columns and the rows b of the state at h_ptr → z [4U, BB] float32.
+
+    resident: with RESIDENT the whole slice of W_hh as a tuple of tiles [4U, BK], loaded before the first step; else
+        anything, and the slice is streamed from w_ptr.
+    """
+    z = tl.zeros((column.shape[0], b.shape[0]), tl.float32)  # [4U, BB]
+    if RESIDENT:
+        for i in tl.static_range((H + BK - 1) // BK):
+            z = multiply(resident[i], load_state(h_ptr, b, live, i * BK, H, BK), z, PRECISION, INTERPRETED)
+    else:
+        for k0 in range(0, H, BK):
+            w = load_weights(w_ptr, column, owned, k0, H, BK)
+            z = multiply(w, load_state(h_ptr, b, live, k0, H, BK), z, PRECISION, INTERPRETED)
+    return z
+
+
+@triton.jit
+def moments_of_live_rows(z, live, n):
+    """Mean and sum of squared deviations over the live columns of z [M, BB] → [M], [M]. n of them are live.
+
+    Columns that are not live hold 0.
+    """
+    mean = tl.sum(z, 1) / n
+    deviation = tl.where(live[None, :], z - mean[:, None], 0.0)
+    return mean, tl.sum(deviation * deviation, 1)
+
+
+@triton.jit
+def merge_moments(mean, squares, n, other_mean, other_squares, other_n):
+    """Chan's merge of (mean, sum of squared deviations, rows) of two sets of rows."""
+    total = n + other_n
+    gap = other_mean - mean
+    share = other_n / total
+    return mean + share * gap, squares + other_squares + n * share * gap * gap, total
+
+
+@triton.jit
+def fill_seats(mean, var, population_mean, population_var, weight):
+    """Moments of the batch's rows and the phantom rows together; `weight` n/(n+κ) is the batch's share."""
+    gap = mean - population_mean
+    rest = 1.0 - weight
+    return mean - rest * gap, weight * var + rest * population_var + weight * rest * gap * gap
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e⁻ˣ)."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """By one exponential, right at both infinities; near 0, where that would cancel, by its series."""
+    far = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+    y = x * x
+    near = x + x * y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835))))
+    return tl.where(y < 0.0625, near, far)  # at 1/4 the first term left out is 2e-9 of the result
+
+
+@triton.jit
+def split_gates(a, U: tl.constexpr, BB: tl.constexpr):
+    """Pre-activations [4U, BB] with gates interleaved → i, f, g, o, each [U, BB]."""
+    pairs = tl.permute(tl.reshape(a, (U, 2, 2, BB)), (0, 3, 1, 2))  # [U, BB, 2, 2]: gate = 2·high + low
+    i_g, f_o = tl.split(pairs)  # [U, BB, 2] each
+    i, g = tl.split(i_g)
+    f, o = tl.split(f_o)
+    return i, f, g, o
+
+
+@triton.jit
+def update_cell(a, c, U: tl.constexpr, BB: tl.constexpr):
+    """Pre-activations [4U, BB] and cell state [U, BB] → new cell state and output gate, [U, BB] each."""
+    i, f, g, o = split_gates(a, U, BB)
+    return sigmoid(f) * c + sigmoid(i) * tanh(g), sigmoid(o)

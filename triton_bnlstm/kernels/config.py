@@ -1,0 +1,197 @@
+"""How a recurrent kernel is laid out on a device, chosen from the device's own numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+# Elements [4U, BB] of a pre-activation tile: more than this spill registers with eight warps (read from SASS).
+_MOST_TILE = 4096
+# Bytes of shared memory left to the compiler: conversions between layouts of a tile, and what it keeps for itself.
+_SPARE_SHARED = 18 * 1024
+
+
+@dataclass(frozen=True)
+class Config:
+    """Layout of one launch.
+
+    Attributes:
+        sequence: one cooperative launch for all steps; else a launch per step.
+        units: hidden units U of a program, a power of two, at least 4 (a product needs 16 rows).
+        batch_tile: batch rows of a tile, a power of two, at least 16.
+        inner: inner extent of one product, a power of two, at least 16.
+        resident: the program's slice of W_hh stays on chip through all steps; else it is streamed at each step.
+        warps: warps of a program.
+        stages: depth of the pipeline that streams.
+    """
+
+    sequence: bool
+    units: int
+    batch_tile: int
+    inner: int
+    resident: bool
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("units", 4), ("batch_tile", 16), ("inner", 16), ("warps", 1)):
+            value = getattr(self, name)
+            if value < least or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two and at least {least}, got {value}")
+        if self.stages < 1:
+            raise ValueError(f"stages must be at least 1, got {self.stages}")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Numbers of a device that decide about layouts.
+
+    Attributes:
+        backend: "cuda", "hip", or "cpu" for Triton's interpreter.
+        capability: compute capability as a number, 90 for 9.0; 0 where there is none.
+        multiprocessors: streaming multiprocessors or compute units.
+        shared_per_program: most shared memory of a program, bytes.
+        shared_per_multiprocessor: bytes.
+        registers_per_multiprocessor: 32-bit registers.
+        threads_per_multiprocessor: most resident threads.
+        warp: threads of a warp.
+    """
+
+    backend: str
+    capability: int
+    multiprocessors: int
+    shared_per_program: int
+    shared_per_multiprocessor: int
+    registers_per_multiprocessor: int
+    threads_per_multiprocessor: int
+    warp: int = 32
+
+    def multiplies(self, dtype: torch.dtype, precision: str) -> bool:
+        """Whether products of this dtype run on matrix units; else they are many single multiply-adds."""
+        if self.backend == "hip":
+            return True
+        if self.capability < 80:
+            return False
+        return dtype != torch.float32 or precision == "tf32"
+
+    def resident_programs(self, shared: int, registers: int, warps: int) -> int:
+        """Programs that run at the same time on the whole device.
+
+        Args:
+            shared: bytes of a program.
+            registers: of a thread.
+            warps: of a program.
+        """
+        per_warp = -(-registers * self.warp // 256) * 256  # registers are given to warps in units of 256
+        fit = [self.threads_per_multiprocessor // (warps * self.warp), 32]
+        fit.append(self.registers_per_multiprocessor // (per_warp * warps) if registers else 1)
+        fit.append(self.shared_per_multiprocessor // (shared + 1024))  # the system keeps 1 KB of each program's
+        return self.multiprocessors * min(fit)
+
+
+INTERPRETER = Device("cpu", 0, 1, 1 << 30, 1 << 30, 1 << 30, 1 << 30)
+
+
+@lru_cache
+def device_of(device: torch.device) -> Device:
+    """Numbers of a torch device (with an index); a CPU's are the interpreter's."""
+    if device.type == "cpu":
+        return INTERPRETER
+    from triton.runtime import driver  # not at the top: layouts can be chosen where there is no Triton
+
+    p = torch.cuda.get_device_properties(device)
+    limits = driver.active.utils.get_device_properties(device.index)
+    hip = torch.version.hip is not None
+    return Device(
+        backend="hip" if hip else "cuda",
+        capability=0 if hip else 10 * p.major + p.minor,
+        multiprocessors=p.multi_processor_count,
+        shared_per_program=limits["max_shared_mem"],
+        shared_per_multiprocessor=p.shared_memory_per_multiprocessor,
+        registers_per_multiprocessor=limits["max_num_regs"],  # a block may have all of them
+        threads_per_multiprocessor=p.max_threads_per_multi_processor,
+        warp=p.warp_size,
+    )
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def default_config(
+    device: Device,
+    hidden: int,
+    batch: int,
+    directions: int,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    split_batch: bool,
+    steps: int,
+) -> Config:
+    """The layout for a case that nobody has tuned, from the device's numbers alone.
+
+    Sequence mode where every program can have a multiprocessor to itself, with as few units per program as that allows,
+    since the latency of a step is what counts. W_hh stays on chip where a program's slice of it and one whole tile of
+    the state fit beside each other.
+
+    Args:
+        device: its numbers.
+        hidden, batch, directions, steps: H, B, 1 or 2, T.
+        dtype, precision: of the products; "ieee" or "tf32" for float32.
+        split_batch: tiles of the batch are programs of their own (inference) instead of being walked.
+    """
+    whole = max(_power_of_two(hidden), 16)  # all of the inner extent, as one product has it
+    seats = max(_power_of_two(batch), 16)
+    if device.backend == "cpu":  # programs of the interpreter run one after another, so they cannot meet
+        units = min(max(_power_of_two(hidden), 4), 64)
+        return Config(units >= hidden, units, min(seats, 64), whole, False, 4, 1)
+
+    matrix = device.multiplies(dtype, precision)
+    most_elements = _MOST_TILE if matrix else _MOST_TILE // 2
+
+    def tile_beside(units: int) -> int:
+        return min(seats, most_elements // (4 * units), 64 if split_batch else 128)
+
+    def programs(units: int) -> int:
+        tiles = -(-batch // tile_beside(units)) if split_batch else 1
+        return directions * tiles * -(-hidden // units)
+
+    sequence, units = False, 4 if hidden <= 4 else 8
+    if steps > 1 and device.backend == "cuda" and device.capability >= 70:
+        fitting = [u for u in (units, 16, 32) if u >= units and programs(u) <= device.multiprocessors]
+        sequence, units = bool(fitting), min(fitting, default=units)
+    tile = tile_beside(units)
+    warps = 8 if 4 * units * tile >= 2048 else 4
+
+    size = dtype.itemsize
+    room = device.shared_per_program - _SPARE_SHARED
+    one_tile = split_batch or tile >= batch
+    if sequence and matrix and one_tile and (4 * units + tile) * whole * size <= room:
+        return Config(True, units, tile, whole, True, warps, 1)
+    inner = min(whole, 256 // size) if matrix else 16
+    stages = max(1, min(4, room // ((4 * units + tile) * inner * size))) if matrix else 1
+    return Config(sequence, units, tile, inner, False, warps, stages)
+
+
+_explicit: ContextVar[Config | None] = ContextVar("triton_bnlstm_config", default=None)
+
+
+@contextmanager
+def use_config(config: Config) -> Iterator[None]:
+    """Within it every recurrent kernel is laid out like this; one that cannot run so raises."""
+    token = _explicit.set(config)
+    try:
+        yield
+    finally:
+        _explicit.reset(token)
+
+
+def explicit_config() -> Config | None:
+    """The layout that `use_config` asks for."""
+    return _explicit.get()

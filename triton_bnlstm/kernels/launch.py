@@ -1,0 +1,332 @@
+"""Launching: from tensors to kernels, in the mode that the layout says, with every failure turned into one error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .config import Config, Device, default_config, device_of, explicit_config
+from .errors import KernelError
+from .forward import forward_kernel
+from .inference import inference_kernel
+from .input_side import moments_kernel
+
+
+class Rows(NamedTuple):
+    """Which rows exist, as the kernels read it.
+
+    first: [T + 1] int64 row of the states that step t reads; it writes from first[t + 1]. Its own rows of tensors
+        without the B initial states stand from first[t + 1] − B on.
+    count: [T] int32 live rows of each step, a prefix of its rows.
+    steps, rows, batch: T, R, B.
+    """
+
+    first: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
+    steps: int
+    rows: int
+    batch: int
+
+
+class CellNorm(NamedTuple):
+    """affine: [2, dirs, H] γ_c and β_c. population: [2, dirs, T, H], or None where no seat is vacated."""
+
+    affine: Tensor
+    population: Tensor | None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: TRITON_INTERPRET=1 when they were imported."""
+    return not isinstance(forward_kernel, triton.runtime.JITFunction)
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Every tensor that a kernel writes comes from here."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def product_precision(dtype: torch.dtype, device: torch.device) -> str:
+    """Precision of float32 products: "tf32" where torch's switches for CUDA matrix products allow it, else "ieee"."""
+    if dtype != torch.float32 or device.type != "cuda" or torch.version.hip is not None:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    setting = getattr(matmul, "fp32_precision", None)  # since torch 2.9; mixing it with the old switch raises
+    allowed = matmul.allow_tf32 if setting is None else setting == "tf32"
+    return "tf32" if allowed and device_of(device).capability >= 80 else "ieee"
+
+
+def moments(x: Tensor, rows: Rows, centred: Tensor | None = None) -> Tensor:
+    """Mean and biased variance of each step's live rows of x [dirs, R, C] → [2, dirs, T, C] float32.
+
+    centred: [dirs, R, C], takes the live rows less their mean.
+    """
+    directions, _, columns = x.shape
+    found = empty(2, directions, rows.steps, columns, dtype=torch.float32, device=x.device)
+    block = 64 if columns > 16 else 16
+    grid = (rows.steps, triton.cdiv(columns, block), directions)
+    _run(
+        moments_kernel,
+        grid,
+        (x, found, x if centred is None else centred, rows.first, rows.count),
+        (columns, rows.steps, rows.rows, rows.batch),
+        {"CENTRE": centred is not None, "BR": 64, "BC": block},
+        {"num_warps": 4},
+    )
+    return found
+
+
+def train(
+    h: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    terms: tuple[Tensor, Tensor],
+    gamma: Tensor,
+    rows: Rows,
+    eps: float,
+    population: Tensor | None,
+    share: Tensor | None,
+    cell: CellNorm | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence in training. Writes h and c behind their first B rows, which hold the initial states.
+
+    Args:
+        h: [dirs, B + R, H] states. c: the same, float32.
+        weight: [dirs, 4H, H] W_hh.
+        x: [dirs, R, 4H] W_ih x, or [dirs, R] float32 x itself where it is one column.
+        terms: scale and shift of each step's input, [dirs, T, 4H] float32.
+        gamma: [dirs, 4H] float32 γ_hh.
+        rows: which rows exist.
+        eps: ε.
+        population, share: [2, dirs, T, 4H] and [dirs, T] n/(n+κ), None where no seat is vacated.
+        cell: with cell norm.
+
+    Returns:
+        mean and variance over the batch of W_hh h [2, dirs, T, 4H], and with cell norm of c [2, dirs, T, H].
+
+    Raises:
+        KernelError: see there.
+    """
+    directions, _, hidden = h.shape
+    device = h.device
+    own = empty(2, directions, rows.steps, 4 * hidden, dtype=torch.float32, device=device)
+    own_c = None
+    if cell is not None:
+        own_c = empty(2, directions, rows.steps, hidden, dtype=torch.float32, device=device)
+    precision = product_precision(h.dtype, device)
+
+    nothing = gamma  # in the place of a pointer that is not read
+
+    def arguments(config: Config) -> Arguments:
+        walk = rows.batch > config.batch_tile
+        scratch = nothing
+        if walk:
+            scratch = empty(directions, rows.batch, 5 * hidden, dtype=torch.float32, device=device)
+        tensors = (
+            *(h, c, weight, x, *terms, gamma, own),
+            *(nothing if s is None else s for s in (population, share)),
+            *((nothing, nothing) if cell is None or own_c is None else (cell.affine, own_c)),
+            nothing if cell is None or cell.population is None else cell.population,
+            *(rows.first, rows.count, scratch),
+        )
+        constants = {"WALK": walk, "SEATS": share is not None}
+        return Arguments((triton.cdiv(hidden, config.units), directions), tensors, (eps,), constants)
+
+    shared = {"NARROW": x.dim() == 2, "CELL_NORM": cell is not None, "PRECISION": precision}
+    _recur(forward_kernel, arguments, shared, h, rows, split_batch=False)
+    return own, own_c
+
+
+def infer(
+    h: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    terms: tuple[Tensor, Tensor, Tensor],
+    rows: Rows,
+    affine_c: Tensor | None,
+) -> None:
+    """The recurrence with constant statistics. Writes h behind its first B rows, which hold the initial states, and c.
+
+    Args:
+        h: [dirs, B + R, H] states.
+        c: float32 cell states: [dirs, B, H], of which the initial ones become the last; or [dirs, B + R, H] like h.
+        weight: [dirs, 4H, H] W_hh.
+        x: [dirs, R, 4H] W_ih x, or [dirs, R] float32 x itself where it is one column.
+        terms: scale of x, scale of W_hh h, and shift of each step, [dirs, T, 4H] float32.
+        rows: which rows exist.
+        affine_c: [2, dirs, T, H] float32 scale and shift of the cell norm.
+
+    Raises:
+        KernelError: see there.
+    """
+    directions, _, hidden = h.shape
+    scale, scale_hh, shift = terms
+
+    def arguments(config: Config) -> Arguments:
+        tensors = (h, c, weight, x, scale, scale_hh, shift, scale if affine_c is None else affine_c, *rows[:2])
+        tiles = triton.cdiv(rows.batch, config.batch_tile)
+        return Arguments((triton.cdiv(hidden, config.units), tiles, directions), tensors, (), {})
+
+    shared = {
+        "NARROW": x.dim() == 2,
+        "KEEP_CELLS": c.shape == h.shape,
+        "CELL_NORM": affine_c is not None,
+        "PRECISION": product_precision(h.dtype, h.device),
+    }
+    _recur(inference_kernel, arguments, shared, h, rows, split_batch=True)
+
+
+class Arguments(NamedTuple):
+    """Of a recurrent kernel in one layout: grid, tensors but the counter, scalars after `batch`, constants."""
+
+    grid: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+    scalars: tuple[float, ...]
+    constants: dict[str, Any]
+
+
+def _recur(
+    kernel: Any,
+    arguments: Callable[[Config], Arguments],
+    shared: dict[str, Any],
+    h: Tensor,
+    rows: Rows,
+    *,
+    split_batch: bool,
+) -> None:
+    """All steps of a recurrent kernel, by the layout that was asked for or the device's default one."""
+    hidden, directions = h.shape[2], h.shape[0]
+    device = device_of(h.device)
+    case = (device, hidden, rows.batch, directions, h.dtype, str(shared["PRECISION"]))
+    explicit = explicit_config()
+    config = explicit or default_config(*case, split_batch=split_batch, steps=rows.steps)
+    if config.sequence:
+        launch = _prepare(kernel, arguments(config), shared, hidden, config, h)
+        room = resident_programs(kernel, launch, rows, device)
+        if launch.programs <= room:
+            _run(kernel, *launch.call(0, rows.steps, rows))
+            return
+        if explicit is not None:
+            raise KernelError(
+                f"sequence mode: {launch.programs} programs of {kernel.__name__} have to run at the same time, and "
+                f"{room} can on this device; give a program more units, or use step mode"
+            )
+        config = default_config(*case, split_batch=split_batch, steps=1)
+    launch = _prepare(kernel, arguments(config), shared, hidden, config, h)
+    for t in range(rows.steps):
+        _run(kernel, *launch.call(t, t + 1, rows))
+
+
+class _Launch(NamedTuple):
+    """A recurrent kernel with everything but the steps."""
+
+    arguments: Arguments
+    counter: Tensor
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def programs(self) -> int:
+        """Of the whole grid."""
+        return math.prod(self.arguments.grid)
+
+    def call(self, first: int, last: int, rows: Rows) -> tuple[Any, ...]:
+        """What `_run` takes for steps first..last."""
+        scalars = (first, last, rows.steps, rows.rows, rows.batch, *self.arguments.scalars)
+        return self.arguments.grid, (*self.arguments.tensors, self.counter), scalars, self.constants, self.options
+
+
+def _prepare(
+    kernel: Any, arguments: Arguments, shared: dict[str, Any], hidden: int, config: Config, h: Tensor
+) -> _Launch:
+    programs = arguments.grid[0]
+    sync = "none"
+    if config.sequence and programs > 1:
+        sync = "interpreted" if interpreted() else "device"
+    meetings = math.prod(arguments.grid[1:])
+    # zeros: a launch counts up from there
+    counter = torch.zeros(meetings, 32, dtype=torch.int32, device=h.device) if sync != "none" else h
+    constants = {
+        "H": hidden,
+        "U": config.units,
+        "BB": config.batch_tile,
+        "BK": config.inner,
+        "RESIDENT": config.resident,
+        "SYNC": sync,
+        "PROGRAMS": programs,
+        "INTERPRETED": interpreted(),
+        **shared,
+        **arguments.constants,
+    }
+    return _Launch(arguments, counter, constants, launch_options(config, sync))
+
+
+def launch_options(config: Config, sync: str) -> dict[str, Any]:
+    """Triton's options of a recurrent kernel."""
+    options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
+    if sync == "device":
+        # All programs at once or an error. Assertions are on for the barrier's time limit, without those on integers.
+        options |= {"launch_cooperative_grid": True, "debug": True, "sanitize_overflow": False}
+    return options
+
+
+_resident: dict[Any, int] = {}
+
+
+def resident_programs(kernel: Any, launch: _Launch, rows: Rows, device: Device) -> int:
+    """Programs of this compiled kernel that the device can hold at the same time; compiles it if need be."""
+    if launch.constants["SYNC"] == "none":
+        return launch.programs
+    if interpreted():
+        return 1
+    h = launch.arguments.tensors[0]
+    key = (kernel.__name__, h.device, h.dtype, *sorted(launch.constants.items()), *sorted(launch.options.items()))
+    if key not in _resident:
+        grid, tensors, scalars, constants, options = launch.call(0, rows.steps, rows)
+        with _as_kernel_error(kernel), torch.cuda.device(h.device):
+            compiled = kernel.warmup(*tensors, *scalars, **constants, **options, enable_fp_fusion=True, grid=grid)
+            compiled._init_handles()
+        _resident[key] = device.resident_programs(
+            compiled.metadata.shared, compiled.n_regs, compiled.metadata.num_warps
+        )
+    return _resident[key]
+
+
+@contextmanager
+def _as_kernel_error(kernel: Any) -> Iterator[None]:
+    """What Triton raises when it compiles or loads a kernel → KernelError."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        # A launch also reports what an earlier kernel did wrong; that is not for another backend to try again.
+        if any(word in str(error) for word in _FATAL):
+            raise
+        text = str(error).strip().splitlines()
+        raise KernelError(f"{kernel.__name__}: {type(error).__name__}: {text[0] if text else ''}") from error
+
+
+_FATAL = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
+
+
+def _run(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: tuple[Tensor, ...],
+    scalars: tuple[float, ...],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """One launch, on the tensors' device and its current stream."""
+    on_device = torch.cuda.device(tensors[0].device) if tensors[0].device.type == "cuda" else nullcontext()
+    with _as_kernel_error(kernel), on_device:
+        # fusion said explicitly: Triton's default is about to change
+        kernel[grid](*tensors, *scalars, **constants, **options, enable_fp_fusion=True)
