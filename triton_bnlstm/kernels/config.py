@@ -12,6 +12,8 @@ import torch
 
 # Elements [4U, BB] of a pre-activation tile: more than this spill registers with eight warps (read from SASS).
 _MOST_TILE = 4096
+# Registers of a thread that a tile of the state may take on its way to shared memory, likewise.
+_MOST_REGISTERS_OF_STATE = 64
 # Bytes of shared memory left to the compiler: conversions between layouts of a tile, and what it keeps for itself.
 _SPARE_SHARED = 18 * 1024
 
@@ -172,7 +174,10 @@ def default_config(
     size = dtype.itemsize
     room = device.shared_per_program - _SPARE_SHARED
     one_tile = split_batch or tile >= batch
-    if sequence and matrix and one_tile and (4 * units + tile) * whole * size <= room:
+    # on its way to shared memory a whole tile of the state passes through registers
+    through_registers = tile * whole * size // (warps * device.warp * 4)
+    fits = (4 * units + tile) * whole * size <= room and through_registers <= _MOST_REGISTERS_OF_STATE
+    if sequence and matrix and one_tile and fits:
         return Config(True, units, tile, whole, True, warps, 1)
     inner = min(whole, 256 // size) if matrix else 16
     stages = max(1, min(4, room // ((4 * units + tile) * inner * size))) if matrix else 1
