@@ -213,7 +213,7 @@ def backward(
 
     if used.pull is not None:  # Σ dz ⊗ x̄; without phantom rows a step's Σ dz is zero
         weight = cast(Tensor, cast(Population, problem.population).weight).to(wide)[:, None]
-        d_weight_ih += norm_ih.row_sums(weight, used.pull).t() @ cast(Tensor, used.x_mean)
+        d_weight_ih.addmm_(norm_ih.row_sums(weight, used.pull).t(), cast(Tensor, used.x_mean))
 
     d_parameters = Parameters(
         d_weight_ih.to(dtype),
