@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from tests.support import CLOSE, make_layer
 from triton_bnlstm import Parameters, bn_lstm, bptt, reference
 from triton_bnlstm.packing import Packing
-from triton_bnlstm.reference import Problem
+from triton_bnlstm.reference import Call, Problem
 from triton_bnlstm.statistics import (
     population_at_steps,
     resolve_statistics,
@@ -89,7 +89,7 @@ def test_handwritten_backward_is_autograds(cell_norm, input_stats, kind, trainin
     parameters = layer._parameters_of("_l0")
     inputs = [x, h, c, *(p for p in parameters if p is not None)]
 
-    by_hand = bptt.layer(x, h, c, parameters, problem)[:3]
+    by_hand = bptt.layer(Call(x, h, c, parameters, problem))[:3]
     assert type(by_hand[0].grad_fn).__name__ == "_LayerBackward"
     by_autograd = reference.forward(x, h, c, parameters, problem)[:3]
     weights = [torch.randn_like(y) for y in by_hand]

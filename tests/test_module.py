@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from tests.support import CLOSE, assert_same_buffers, buffers, make_layer, randomise
-from triton_bnlstm import BNLSTM, functional
+from triton_bnlstm import BNLSTM, _base
 
 SHAPES = list(itertools.product([1, 3], [False, True], [False, True], [False, True]))
 
@@ -175,13 +175,13 @@ def test_dropout_stands_between_layers_in_training_only():
 
 def test_dropout_rate(monkeypatch):
     seen = []
-    run = functional.run
-    monkeypatch.setattr(functional, "run", lambda x, *rest: seen.append(x) or run(x, *rest))
+    run = _base.run
+    monkeypatch.setattr(_base, "run", lambda calls, backend: seen.append(calls[0].x) or run(calls, backend))
     make_layer(num_layers=2, dropout=0.25, hidden_size=50)(torch.randn(20, 10, 3).double())
     kept = seen[1] != 0
     assert 0.23 < 1 - kept.double().mean() < 0.27  # 10,000 draws at 0.25: standard error 0.004
     whole = []
-    monkeypatch.setattr(functional, "run", lambda x, *rest: whole.append(x) or run(x, *rest))
+    monkeypatch.setattr(_base, "run", lambda calls, backend: whole.append(calls[0].x) or run(calls, backend))
     torch.manual_seed(0)
     make_layer(num_layers=2, hidden_size=50)(torch.randn(20, 10, 3).double())
     torch.testing.assert_close(seen[1][kept], whole[1][kept] / 0.75)  # what is kept is scaled up

@@ -11,6 +11,9 @@ from .kernels.config import explicit_config
 from .kernels.errors import KernelError
 from .reference import Call, Ran
 
+# What auto takes the kernels for: the interpreter is for those who ask for it.
+KERNEL_DEVICES = ("cuda",)
+
 _told: set[str] = set()
 _failed: set[tuple[object, ...]] = set()
 
@@ -30,8 +33,7 @@ def run(calls: list[Call], backend: str | None) -> list[Ran]:
     requested = requested_backend(backend)
     weight = calls[0].parameters.weight_hh
     if requested != "reference":
-        # a GPU is what auto takes the kernels for; the interpreter is for those who ask for it
-        wanted = requested == "triton" or weight.device.type == "cuda"
+        wanted = requested == "triton" or weight.device.type in KERNEL_DEVICES
         reason = why_no_kernels(weight.device, weight.dtype) if wanted else None
         if reason is not None and requested == "triton":
             raise RuntimeError(f'backend="triton": {reason}')

@@ -3,6 +3,10 @@
 One int32 counter, zero at launch, only grows: each program adds 1 when what it wrote in a step is there for all to
 see, and waits until all have. The launch is cooperative, so all programs run at the same time; if one does not come
 within 10 s all the same, the kernel stops with an assertion that names it instead of hanging.
+
+An assertion is a call, and in a kernel with a call ptxas serialises Hopper's warpgroup products. There the counter is
+raised beyond every target instead, so that the whole grid runs to its end, and `check_kernel`, launched behind it,
+asserts that this has not happened.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import triton.language as tl
 # Braces make labels and registers local, so the text can stand in a kernel more than once. Only thread 0 polls. The
 # load is an acquire: nothing behind it is performed before it, and the multiprocessor's stale L1 lines go. The clock
 # is looked at after 1,024 polls, about a millisecond; from then on the thread naps between polls.
-_POLL = tl.constexpr("""
+_POLL = """
 {
     .reg .pred  %done;
     .reg .b32   %seen, %polls;
@@ -40,10 +44,14 @@ NAP:
     sub.u64     %now, %now, %began;
     setp.lt.u64 %done, %now, $3;
     @%done bra  NAP;
-    mov.b32     $0, 1;
+    ON_TIME_UP;
 MET:
 }
-""")
+"""
+NOT_MET = "of triton_bnlstm: the grid did not meet within 10 s"
+_DRAINED = tl.constexpr(1 << 30)  # above every target, and so far below 2³¹ that later arrivals do not wrap it
+_POLL_TO_ASSERT = tl.constexpr(_POLL.replace("ON_TIME_UP", "mov.b32 $0, 1"))
+_POLL_TO_DRAIN = tl.constexpr(_POLL.replace("ON_TIME_UP", f"red.relaxed.gpu.global.max.s32 [$1], {1 << 30}"))
 # $0 is written before the inputs are last read; no memory access may be kept across the text.
 _CONSTRAINTS = tl.constexpr("=&r,l,r,l,~{memory}")
 _LIMIT_NS = tl.constexpr(10_000_000_000)
@@ -60,7 +68,7 @@ def arrive(counter_ptr):
 def wait(counter_ptr, target, SYNC: tl.constexpr, KERNEL: tl.constexpr):
     """Return when the counter has reached `target`; what was stored before those arrivals is then visible.
 
-    SYNC: "device", or "interpreted" where programs are processes and there is no assembly.
+    SYNC: what happens when the time is up, "assert" or "drain"; "interpreted" where programs are processes.
     KERNEL: the name that the assertion tells.
     """
     if SYNC == "interpreted":
@@ -68,10 +76,24 @@ def wait(counter_ptr, target, SYNC: tl.constexpr, KERNEL: tl.constexpr):
             pass
     else:
         limit = tl.full((), _LIMIT_NS, tl.int64)
-        late = tl.inline_asm_elementwise(
-            _POLL, _CONSTRAINTS, [counter_ptr, target, limit], dtype=tl.int32, is_pure=False, pack=1
-        )
-        tl.device_assert(late == 0, KERNEL)
+        if SYNC == "assert":
+            late = tl.inline_asm_elementwise(
+                _POLL_TO_ASSERT, _CONSTRAINTS, [counter_ptr, target, limit], dtype=tl.int32, is_pure=False, pack=1
+            )
+            tl.device_assert(late == 0, KERNEL)
+        else:
+            tl.inline_asm_elementwise(
+                _POLL_TO_DRAIN, _CONSTRAINTS, [counter_ptr, target, limit], dtype=tl.int32, is_pure=False, pack=1
+            )
     # Thread 0 alone has acquired: this orders the other threads' loads behind it. It also keeps Triton from
     # pipelining the loop over steps, which would load h before its wait.
     tl.debug_barrier()
+
+
+@triton.jit
+def check_kernel(
+    counter_ptr,  # [meetings, 32] int32, of a launch with SYNC "drain"
+    KERNEL: tl.constexpr,
+):
+    """One program per meeting: stops with an assertion if that launch ran out of time."""
+    tl.device_assert(tl.load(counter_ptr + tl.program_id(0) * 32) < _DRAINED, KERNEL)

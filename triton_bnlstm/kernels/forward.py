@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .barrier import arrive, wait
+from .barrier import NOT_MET, arrive, wait
 from .common import (
     fill_seats,
     load_input,
@@ -23,6 +23,8 @@ from .common import (
     tanh,
     update_cell,
 )
+
+_NAME = tl.constexpr(f"forward_kernel {NOT_MET}")
 
 
 @triton.jit
@@ -126,7 +128,7 @@ def forward_kernel(
                     counter_ptr + direction * 32,
                     (t - t0) * PROGRAMS,
                     SYNC,
-                    "forward_kernel of triton_bnlstm: the grid did not meet",
+                    _NAME,
                 )
             z = recurrent_product(
                 h_ptr + source * H, w_ptr, resident, column, owned, b0, live, H, BK, RESIDENT, PRECISION, INTERPRETED
@@ -155,7 +157,7 @@ def forward_kernel(
                     counter_ptr + direction * 32,
                     (t - t0) * PROGRAMS,
                     SYNC,
-                    "forward_kernel of triton_bnlstm: the grid did not meet",
+                    _NAME,
                 )
             # Scratch of row b: W_hh h of all gates [4H], then the output gate [H]. A program reads what it wrote.
             scratch = scratch_ptr + direction * batch * (5 * H)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .barrier import arrive, wait
+from .barrier import NOT_MET, arrive, wait
 from .common import load_input, load_slice, owned_columns, recurrent_product, state_rows, tanh, update_cell
+
+_NAME = tl.constexpr(f"inference_kernel {NOT_MET}")
 
 
 @triton.jit(do_not_specialize=["t0", "t1", "steps", "rows", "batch"])
@@ -75,7 +77,7 @@ def inference_kernel(
         # before the wait: the input does not depend on the other programs
         x = load_input(x_ptr, column, owned, target - batch, b, live, H, NARROW)  # [4U, BB] or [1, BB]
         if SYNC != "none":
-            wait(counter_ptr, (t - t0) * PROGRAMS, SYNC, "inference_kernel of triton_bnlstm: the grid did not meet")
+            wait(counter_ptr, (t - t0) * PROGRAMS, SYNC, _NAME)
         z = recurrent_product(
             h_ptr + source * H, w_ptr, resident, column, owned, b, live, H, BK, RESIDENT, PRECISION, INTERPRETED
         )  # [4U, BB]

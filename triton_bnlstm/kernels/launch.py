@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .barrier import NOT_MET, check_kernel
 from .config import Config, Device, default_config, device_of, explicit_config
 from .errors import KernelError
 from .forward import forward_kernel
@@ -212,6 +213,10 @@ def _recur(
         room = resident_programs(kernel, launch, rows, device)
         if launch.programs <= room:
             _run(kernel, *launch.call(0, rows.steps, rows))
+            if launch.constants["SYNC"] == "drain":
+                meetings = (launch.counter.shape[0],)
+                name = {"KERNEL": f"{kernel.__name__} {NOT_MET}"}
+                _run(check_kernel, meetings, (launch.counter,), (), name, {"num_warps": 1, **_ASSERTING})
             return
         if explicit is not None:
             raise KernelError(
@@ -249,7 +254,7 @@ def _prepare(
     programs = arguments.grid[0]
     sync = "none"
     if config.sequence and programs > 1:
-        sync = "interpreted" if interpreted() else "device"
+        sync = "interpreted" if interpreted() else _sync_of(config, device_of(h.device))
     meetings = math.prod(arguments.grid[1:])
     # zeros: a launch counts up from there
     counter = torch.zeros(meetings, 32, dtype=torch.int32, device=h.device) if sync != "none" else h
@@ -268,15 +273,23 @@ def _prepare(
     return _Launch(arguments, counter, constants, launch_options(config, sync))
 
 
+def _sync_of(config: Config, device: Device) -> str:
+    """How a wait that lasts too long ends; see `barrier`. Products of 64 rows and more run on Hopper's warpgroups."""
+    return "drain" if device.capability == 90 and 4 * config.units >= 64 else "assert"
+
+
 def launch_options(config: Config, sync: str) -> dict[str, Any]:
     """Triton's options of a recurrent kernel."""
     options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
-    if sync == "device":
-        # All programs at once or an error. Assertions are on for the barrier's time limit, without those on integers.
-        options |= {"launch_cooperative_grid": True, "debug": True, "sanitize_overflow": False}
+    if sync in ("assert", "drain"):
+        options["launch_cooperative_grid"] = True  # all programs at once, or an error
+    if sync == "assert":
+        options |= _ASSERTING
     return options
 
 
+# Assertions are compiled in for the barrier's time limit, without those that Triton would add to integers.
+_ASSERTING = {"debug": True, "sanitize_overflow": False}
 _resident: dict[Any, int] = {}
 
 
