@@ -99,10 +99,10 @@ def check(layer: BNLSTM, x: Tensor, lengths=None, *, states: bool = True, bound=
 
         weights = [torch.randn(e.shape).to(x.dtype) for e in expected]
         among = inputs if states else inputs[:1]
-        loss = sum((a * w.to(DEVICE)).sum() for a, w in zip((output, h_n[0], c_n[0]), weights, strict=True))
-        found = torch.autograd.grad(loss, [*among, *layer.parameters()])
-        loss = sum((e * w).sum() for e, w in zip(expected, weights, strict=True))
-        wanted = torch.autograd.grad(loss, [*wides[: len(among)], *exact.parameters()])
+        outputs = (output, h_n[0], c_n[0])
+        found = torch.autograd.grad(outputs, [*among, *layer.parameters()], [w.to(DEVICE) for w in weights])
+        doubled = [w.double() for w in weights]
+        wanted = torch.autograd.grad(expected, [*wides[: len(among)], *exact.parameters()], doubled)
         for k, (a, e) in enumerate(zip(found, wanted, strict=True)):
             close(f"gradient {k}, training={training}", a, e, 5 * bound)
 
