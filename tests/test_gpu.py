@@ -1,0 +1,264 @@
+"""What only a GPU can show: real sizes and dtypes, sequence mode with its barrier, streams, graphs, the sanitizer."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import assert_same_buffers, buffers, make_layer
+from triton_bnlstm import BNLSTM
+
+pytest.importorskip("triton")
+
+from triton_bnlstm.kernels import launch
+from triton_bnlstm.kernels.config import Config, default_config, device_of, use_config
+
+pytestmark = pytest.mark.gpu
+
+# Relative RMS over a few dozen steps, h carried in the dtype. float32: as in the interpreter, with longer sums.
+# TF32 and float16 keep 11 bits, bfloat16 8; γ = 0.1 keeps each step's rounding from growing over the steps.
+BOUNDS = {"float32": 1e-5, "tf32": 2e-3, "float16": 2e-3, "bfloat16": 1.6e-2}
+
+
+@pytest.fixture(params=BOUNDS)
+def precision(request):
+    """Dtype and bound, with torch's switch for TF32 set as the name says."""
+    device = device_of(torch.device("cuda", torch.cuda.current_device()))
+    if device.backend == "cuda" and device.capability < 80 and request.param in ("tf32", "bfloat16"):
+        pytest.skip(f"no {request.param} below compute capability 8.0")
+    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
+    yield getattr(torch, request.param.replace("tf32", "float32")), BOUNDS[request.param]
+    torch.set_float32_matmul_precision("highest")
+
+
+def real_layer(columns: int, hidden: int, dtype: torch.dtype = torch.float32, **options) -> BNLSTM:
+    """As initialised, γ = 0.1, with a population from one step."""
+    torch.manual_seed(1)
+    layer = BNLSTM(columns, hidden, max_length=20, backend="triton", device="cuda", **options)
+    layer(torch.randn(24, 32, columns, device="cuda"))
+    return layer.to(dtype)
+
+
+def modes(layer: BNLSTM, batch: int, steps: int, dtype: torch.dtype) -> dict[str, Config]:
+    """The layouts that this device gets in step mode and, where it can, in sequence mode."""
+    device = device_of(torch.device("cuda", torch.cuda.current_device()))
+    precision = launch.product_precision(dtype, torch.device("cuda"))
+    found = {}
+    for name, count in (("sequence", steps), ("step", 1)):
+        directions = 2 if layer.bidirectional else 1
+        config = default_config(
+            device, layer.hidden_size, batch, directions, dtype, precision, split_batch=not layer.training, steps=count
+        )
+        if config.sequence or name == "step":
+            found[name] = config
+    return found
+
+
+def run(layer: BNLSTM, x: Tensor, lengths=None) -> list[Tensor]:
+    """Outputs, states, gradients and statistics of one call."""
+    given = x.clone().requires_grad_()
+    output, (h_n, c_n) = layer(given, lengths=lengths)
+    weight = torch.linspace(-1, 1, output.shape[-1], device="cuda")
+    loss = (output.float() * weight).sum() + h_n.float().square().sum() + c_n.float().sum()
+    gradients = torch.autograd.grad(loss, [given, *layer.parameters()])
+    return [output, h_n, c_n, *gradients, *(s for n, s in buffers(layer).items() if n != "_skipped_steps")]
+
+
+SIZES = [(64, 512, 64), (100, 100, 1), (64, 1000, 50), (17, 129, 33), (256, 128, 16), (16, 2048, 64)]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("kind", ["equal", "ragged", "device"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_real_sizes(sizes, kind, training, precision):
+    """Every mode against the float64 reference path on the same device, statistics and gradients too."""
+    dtype, bound = precision
+    batch, hidden, columns = sizes
+    steps = 24
+    bidirectional = hidden <= 512
+    layer = real_layer(columns, hidden, dtype, cell_norm=True, bidirectional=bidirectional).train(training)
+    exact = copy.deepcopy(layer).double()
+    exact.backend = "reference"
+    x = torch.randn(steps, batch, columns, device="cuda", dtype=dtype)
+    lengths: Tensor | None = None
+    if kind != "equal":
+        lengths = torch.randint(1, steps + 1, (batch,))
+        lengths[0] = steps
+        lengths = lengths.cuda() if kind == "device" else lengths
+    expected = run(exact, x.double(), lengths)
+    for name, config in modes(layer, batch, steps, dtype).items():
+        with use_config(config):
+            found = run(copy.deepcopy(layer), x, lengths)
+        for k, (a, e) in enumerate(zip(found, expected, strict=True)):
+            error = (a.double() - e).norm() / e.norm().clamp_min(1e-6)
+            # gradients pass through the rounding twice
+            assert error <= (bound if k < 3 else 5 * bound), f"{name} mode, result {k}: relative RMS {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_hundred_repeats_give_the_same_bits(dtype):
+    layer = real_layer(64, 512, dtype, cell_norm=True, bidirectional=True)
+    start = buffers(layer)
+    x = torch.randn(30, 64, 64, device="cuda", dtype=dtype)
+    lengths = torch.randint(1, 31, (64,))
+    first = None
+    with torch.no_grad():
+        for _ in range(100):
+            layer.load_state_dict({**layer.state_dict(), **{k: v for k, v in start.items() if k != "_skipped_steps"}})
+            output = layer(x, lengths=lengths)[0]
+            if first is None:
+                first, after = output, buffers(layer)
+            assert torch.equal(output, first)
+            assert_same_buffers(buffers(layer), after)
+
+
+def test_modes_agree_bit_for_bit():
+    """The same layout launched per step and once for all."""
+    layer = real_layer(64, 512, torch.float16, bidirectional=True)
+    x = torch.randn(30, 64, 64, device="cuda", dtype=torch.float16)
+    config = modes(layer, 64, 30, torch.float16)["sequence"]
+    assert config.sequence
+    found = []
+    for chosen in (config, replace(config, sequence=False)):
+        with use_config(chosen), torch.no_grad():
+            found.append(copy.deepcopy(layer)(x)[0])
+    assert torch.equal(*found)
+
+
+def test_offsets_beyond_32_bits():
+    """W_ih x has more than 2³¹ elements: 2,100 steps of 256 rows of 4,096 columns."""
+    layer = real_layer(8, 1024, torch.bfloat16).eval()
+    x = torch.randn(2100, 256, 8, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        output = layer(x)[0]
+        # the last steps again, from the states before them, in a call of their own
+        before = layer(x[:2000])[1]
+        again = layer(x[2000:], before, start=2000)[0]
+    torch.testing.assert_close(output[2000:], again, rtol=0.02, atol=0.02)
+    layer.train()
+    with torch.no_grad():
+        assert layer(x)[0].isfinite().all()
+
+
+def test_two_layers_on_two_streams_at_once():
+    """Two grids that want the whole device each: neither waits for programs that the other keeps out."""
+    layers = [real_layer(64, 1024, torch.bfloat16) for _ in range(2)]
+    x = torch.randn(200, 64, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = [copy.deepcopy(layer)(x)[0] for layer in layers]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in layers]
+        found = []
+        for _ in range(5):
+            for layer, stream in zip(layers, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    found.append(copy.deepcopy(layer)(x)[0])
+        torch.cuda.synchronize()
+    for k, output in enumerate(found):
+        assert torch.equal(output, expected[k % 2])
+
+
+def test_a_grid_that_is_too_large_is_refused():
+    """One program more than fit: an error that says so under "triton", nothing changed, and the device works on."""
+    device = device_of(torch.device("cuda", torch.cuda.current_device()))
+    config = Config(True, 4, 16, 16, False, 32, 1)  # 32 warps: at most two programs on a multiprocessor
+    layer = BNLSTM(2, 4 * (2 * device.multiprocessors + 1), max_length=5, backend="triton", device="cuda")
+    x = torch.randn(3, 4, 2, device="cuda")
+    with use_config(config), pytest.raises(RuntimeError, match="have to run at the same time"):
+        layer(x)
+    assert (layer.count_hh_l0 == 0).all()
+    assert layer(x)[0].isfinite().all()
+
+
+def test_the_driver_refuses_what_we_would_let_through(monkeypatch):
+    """The second line of defence: a cooperative launch that does not fit fails at once instead of hanging."""
+    monkeypatch.setattr(launch, "resident_programs", lambda *_: 1 << 30)
+    device = device_of(torch.device("cuda", torch.cuda.current_device()))
+    layer = BNLSTM(2, 4 * (3 * device.multiprocessors), max_length=5, backend="triton", device="cuda")
+    with use_config(Config(True, 4, 16, 16, False, 32, 1)), pytest.raises(RuntimeError, match="forward_kernel"):
+        layer(torch.randn(3, 4, 2, device="cuda"))
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("mode", ["sequence", "step"])
+def test_graph_capture(mode, training):
+    """A captured forward replayed on new input equals a call; in training the running statistics advance as well."""
+    layer = real_layer(16, 256, torch.bfloat16).train(training)
+    twin = copy.deepcopy(layer)
+    config = modes(layer, 64, 12, torch.bfloat16)[mode]
+    x = torch.randn(12, 64, 16, device="cuda", dtype=torch.bfloat16)
+    later = torch.randn_like(x)
+    with use_config(config), torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            copy.deepcopy(layer)(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = layer(x)[0]
+        for batch in (later, x):
+            kept = x.clone()
+            x.copy_(batch)
+            graph.replay()
+            assert torch.equal(output, twin(x)[0])
+            x.copy_(kept)
+    assert_same_buffers(buffers(layer), buffers(twin))
+
+
+def test_no_synchronisation():
+    """A training step and an evaluation with lengths on the device never wait for it."""
+    layer = real_layer(16, 128, torch.bfloat16)
+    x = torch.randn(12, 64, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    lengths = torch.randint(1, 13, (64,), device="cuda")
+    layer(x, lengths=lengths)[0].sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x, lengths=lengths)[0].sum().backward()
+        with torch.no_grad():
+            layer(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+SANITIZED = """
+import torch
+from triton_bnlstm import BNLSTM
+for dtype in (torch.float32, torch.float16):
+    for hidden, columns in ((33, 1), (100, 5)):
+        layer = BNLSTM(columns, hidden, max_length=5, cell_norm=True, bidirectional=True, backend="triton")
+        layer.to("cuda", dtype)
+        x = torch.randn(6, 37, columns, device="cuda", dtype=dtype)
+        lengths = torch.randint(1, 7, (37,))
+        layer(x, lengths=lengths)[0].float().sum().backward()
+        layer.eval()(x, lengths=lengths)
+torch.cuda.synchronize()
+"""
+
+
+def test_compute_sanitizer():
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if tool is None:
+        pytest.skip("compute-sanitizer is not installed")
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "7", sys.executable, "-c", SANITIZED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_oracle_layer_on_the_device():
+    """Parameters of order one, as the interpreter's tests have them, in the default layout."""
+    layer = make_layer(3, 40, dtype=torch.float32, cell_norm=True, backend="triton").cuda()
+    twin = copy.deepcopy(layer).double()
+    twin.backend = "reference"
+    x = torch.randn(6, 20, 3, device="cuda")
+    lengths = torch.randint(1, 7, (20,))
+    for a, e in zip(run(layer, x, lengths), run(twin, x.double(), lengths), strict=True):
+        assert (a.double() - e).norm() <= 5e-5 * e.norm().clamp_min(1e-6)
