@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,12 @@ def graphs_of_case(
             layouts[label] = asdict(chosen)
             try:
                 with use_config(chosen), torch.no_grad():
-                    graphs[label] = captured(lambda layer=layer: layer(x))
+                    graphs[label] = captured(partial(layer, x))
             except RuntimeError as error:
                 print(f"  {label}: {error}", file=sys.stderr)
     lstm = nn.LSTM(hidden, hidden, device="cuda", dtype=x.dtype)
     with torch.no_grad():
-        graphs["nn.LSTM (cuDNN, no batch norm)"] = captured(lambda: lstm(x))
+        graphs["nn.LSTM (cuDNN, no batch norm)"] = captured(partial(lstm, x))
     return graphs, layouts
 
 

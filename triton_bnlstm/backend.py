@@ -71,19 +71,19 @@ def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
             return f"the kernels need compute capability 7.5, this device has {major}.{minor}"
         if dtype == torch.bfloat16 and major < 8:
             return f"bfloat16 needs compute capability 8.0, this device has {major}.{minor}"
-    return _why_not_compiled() if device.type == "cuda" else _why_not_interpreted()
+    try:
+        interpreted = _interpreted()
+    except Exception as error:  # a Triton that is too old, or broken: the reference path is there
+        return f"the kernels cannot be imported ({type(error).__name__}: {error})"
+    if interpreted and device.type == "cuda":
+        return "TRITON_INTERPRET=1 was set when the kernels were imported"
+    if not interpreted and device.type == "cpu":
+        return "TRITON_INTERPRET=1 was set after the kernels had been imported"
+    return None
 
 
 def _interpreted() -> bool:
     return bool(importlib.import_module("triton_bnlstm.kernels.launch").interpreted())
-
-
-def _why_not_compiled() -> str | None:
-    return "TRITON_INTERPRET=1 was set when the kernels were imported" if _interpreted() else None
-
-
-def _why_not_interpreted() -> str | None:
-    return None if _interpreted() else "TRITON_INTERPRET=1 was set after the kernels had been imported"
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,10 @@ MET:
 }
 """
 NOT_MET = "of triton_bnlstm: the grid did not meet within 10 s"
-_DRAINED = tl.constexpr(1 << 30)  # above every target, and so far below 2³¹ that later arrivals do not wrap it
+MOST_ARRIVALS = 1 << 30
+_DRAINED = tl.constexpr(MOST_ARRIVALS)  # above every target, and so far below 2³¹ that arrivals do not wrap it
 _POLL_TO_ASSERT = tl.constexpr(_POLL.replace("ON_TIME_UP", "mov.b32 $0, 1"))
-_POLL_TO_DRAIN = tl.constexpr(_POLL.replace("ON_TIME_UP", f"red.relaxed.gpu.global.max.s32 [$1], {1 << 30}"))
+_POLL_TO_DRAIN = tl.constexpr(_POLL.replace("ON_TIME_UP", f"red.relaxed.gpu.global.max.s32 [$1], {MOST_ARRIVALS}"))
 # $0 is written before the inputs are last read; no memory access may be kept across the text.
 _CONSTRAINTS = tl.constexpr("=&r,l,r,l,~{memory}")
 _LIMIT_NS = tl.constexpr(10_000_000_000)

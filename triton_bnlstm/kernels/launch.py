@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .barrier import NOT_MET, check_kernel
+from .barrier import MOST_ARRIVALS, NOT_MET, check_kernel
 from .config import Config, Device, default_config, device_of, explicit_config
 from .errors import KernelError
 from .forward import forward_kernel
@@ -209,9 +209,11 @@ def _recur(
     explicit = explicit_config()
     config = explicit or default_config(*case, split_batch=split_batch, steps=rows.steps)
     if config.sequence:
+        if device.backend == "hip":
+            raise KernelError("sequence mode: its barrier is written for CUDA devices; use step mode")
         launch = _prepare(kernel, arguments(config), shared, hidden, config, h)
         room = resident_programs(kernel, launch, rows, device)
-        if launch.programs <= room:
+        if launch.programs <= room and rows.steps * launch.programs < MOST_ARRIVALS:
             _run(kernel, *launch.call(0, rows.steps, rows))
             if launch.constants["SYNC"] == "drain":
                 meetings = (launch.counter.shape[0],)
