@@ -345,3 +345,50 @@ def test_the_output_may_be_written_over():
         output.sum().backward()
     with torch.no_grad():
         layer(x)[0].mul_(2)
+
+
+def test_one_column_needs_no_preactivations(bands):
+    """Without a gradient nothing as large as W_ih x of all rows is made for an input of one column."""
+    layer = kernel_layer(1, 3)
+    x = torch.randn(20, 8, 1, device=DEVICE)
+    largest = 20 * 8 * 4 * 3
+    with torch.no_grad():
+        layer(x), layer.eval()(x)
+        assert bands
+        assert max(size for _, size in bands) < largest
+        kernel_layer(2, 3)(x.expand(-1, -1, 2))
+    assert max(size for _, size in bands) == largest
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="memory is not really taken on a CPU alone; tests/test_gpu.py has its own")
+@pytest.mark.parametrize("narrow", [False, True], ids=["W_ih x", "states"])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_offsets_beyond_32_bits(directions, narrow):
+    """The last rows of tensors with more than 2³¹ elements, of which no others are ever touched."""
+    hidden, batch = 64, 2
+    columns = hidden if narrow else 4 * hidden
+    rows = 2**31 // (columns * directions) + 16 * directions
+    found = []
+    weight = torch.randn(directions, 4 * hidden, hidden).half() * 0.2
+    h_0, x_last = (
+        torch.randn(directions, batch, hidden).half(),
+        torch.randn(directions, batch, 1 if narrow else columns),
+    )
+    for held in (rows, batch):
+        h = torch.empty(directions, batch + held, hidden, dtype=torch.float16)
+        c = torch.empty(directions, batch + held, hidden)
+        x = torch.empty(directions, held) if narrow else torch.empty(directions, held, columns, dtype=torch.float16)
+        h[:, :batch], c[:, :batch] = h_0, h_0.float()
+        x[:, -batch:] = x_last[:, :, 0] if narrow else x_last.half()
+        table = launch.Rows(torch.tensor([0, held]), torch.tensor([batch], dtype=torch.int32), 1, held, batch)
+        terms = torch.ones(directions, 1, 4 * hidden), torch.zeros(directions, 1, 4 * hidden)
+        with use_config(step_mode(units=64, inner=64)):
+            launch.train(h, c, weight, x, terms, torch.ones(directions, 4 * hidden), table, 0.1, None, None, None)
+            found.append([h[:, -batch:].clone(), c[:, -batch:].clone()])
+            h[:, -batch:] = 0
+            scales = terms[0], terms[0], terms[1]
+            launch.infer(h, c, weight, x, scales, table, None)
+            found[-1] += [h[:, -batch:].clone(), c[:, -batch:].clone()]
+    for far, near in zip(*found, strict=True):
+        assert torch.equal(far, near)
+        assert near.abs().min() > 0
