@@ -93,6 +93,7 @@ def forward_kernel(
     c_ptr += direction * (batch + rows) * H
     w_ptr += direction * 4 * H * H
     x_ptr += direction * rows * (1 if NARROW else 4 * H)
+    counter_ptr += direction * 32
     plane_hh, plane_c = directions * steps * 4 * H, directions * steps * H
     b0 = tl.arange(0, BB)  # [BB]
 
@@ -118,18 +119,14 @@ def forward_kernel(
             weight = tl.load(weight_ptr + at_step)
         count = tl.maximum(n, 1).to(tl.float32)
 
-        if not WALK:
-            live = b0 < n  # [BB]
-            stored = owned_unit[:, None] & live[None, :]  # [U, BB]
-            # before the wait: the input does not depend on the other programs
+        live = b0 < n  # [BB]
+        if not WALK:  # before the wait: the input does not depend on the other programs
             x = load_input(x_ptr, column, owned, target - batch, b0, live, H, NARROW)  # [4U, BB] or [1, BB]
-            if SYNC != "none":
-                wait(
-                    counter_ptr + direction * 32,
-                    (t - t0) * PROGRAMS,
-                    SYNC,
-                    _NAME,
-                )
+        if SYNC != "none":
+            wait(counter_ptr, (t - t0) * PROGRAMS, SYNC, _NAME)
+
+        if not WALK:
+            stored = owned_unit[:, None] & live[None, :]  # [U, BB]
             z = recurrent_product(
                 h_ptr + source * H, w_ptr, resident, column, owned, b0, live, H, BK, RESIDENT, PRECISION, INTERPRETED
             )  # [4U, BB]
@@ -152,13 +149,6 @@ def forward_kernel(
             h = o * tanh(shown)
             tl.store(state_rows(h_ptr, target, b0, unit, H), h.to(h_ptr.dtype.element_ty), mask=stored)
         else:
-            if SYNC != "none":
-                wait(
-                    counter_ptr + direction * 32,
-                    (t - t0) * PROGRAMS,
-                    SYNC,
-                    _NAME,
-                )
             # Scratch of row b: W_hh h of all gates [4H], then the output gate [H]. A program reads what it wrote.
             scratch = scratch_ptr + direction * batch * (5 * H)
             mean = tl.zeros((4 * U,), tl.float32)
@@ -205,17 +195,9 @@ def forward_kernel(
                     h = o * tanh(c_new)
                     tl.store(state_rows(h_ptr, target, b, unit, H), h.to(h_ptr.dtype.element_ty), mask=stored)
             if CELL_NORM:
+                var_c = squares_c / count
                 mean_c, rstd_c = used_statistics(
-                    mean_c,
-                    squares_c / count,
-                    own_c_ptr,
-                    population_c_ptr,
-                    weight,
-                    at_c,
-                    plane_c,
-                    owned_unit,
-                    eps,
-                    SEATS,
+                    mean_c, var_c, own_c_ptr, population_c_ptr, weight, at_c, plane_c, owned_unit, eps, SEATS
                 )
                 tl.debug_barrier()
                 for start in range(0, n, BB):
@@ -229,6 +211,6 @@ def forward_kernel(
                     tl.store(state_rows(h_ptr, target, b, unit, H), h.to(h_ptr.dtype.element_ty), mask=stored)
 
         if SYNC != "none":
-            arrive(counter_ptr + direction * 32)
+            arrive(counter_ptr)
         else:
             tl.debug_barrier()  # one program holds the recurrence: only its own threads have to meet
