@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
 
 # CI machines are slow and shared: a deadline would test the machine. Derandomised: a red run is red again.
 settings.register_profile("ci", deadline=None, derandomize=True)
