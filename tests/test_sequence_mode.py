@@ -1,0 +1,235 @@
+"""Sequence mode, all steps in one launch, is step mode bit for bit; and a grid barrier that fails does not go unseen.
+
+Programs run as processes here (`tests.concurrent`), so that they really meet at the barrier.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+import triton.language as tl
+
+from tests.concurrent import ProgramsError, program_place, programs_at_once
+from tests.support import make_layer
+from triton_bnlstm.kernels import forward, inference, launch
+from triton_bnlstm.kernels.config import Config, use_config
+
+pytestmark = [
+    pytest.mark.skipif(not launch.interpreted(), reason="kernels are compiled here: they run on a GPU"),
+    # Triton's interpreter before 3.7 takes numbers out of arrays of one element, which NumPy 1.25 to 2.3 warns of
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
+
+STEPS = 3
+PLAIN = Config(sequence=True, units=4, batch_tile=16, inner=16, resident=False, warps=4, stages=1)
+RESIDENT = replace(PLAIN, resident=True)
+EQUAL = None
+RAGGED = (2, 3, 1, 3, 2)
+RAGGED_TILES = (3, 1) * 9  # at first 18 rows in two tiles of 16, from the second step on 9 rows in one
+KERNELS = {"forward": forward, "inference": inference}
+
+of_lengths = pytest.mark.parametrize("lengths", [EQUAL, RAGGED], ids=["equal", "ragged"])
+of_tiles = pytest.mark.parametrize("lengths", [EQUAL, RAGGED_TILES], ids=["equal", "ragged"])
+of_weights = pytest.mark.parametrize("config", [PLAIN, RESIDENT], ids=["streamed", "resident"])
+of_cells = pytest.mark.parametrize("cell_norm", [False, True], ids=["no_cell_norm", "cell_norm"])
+of_grad = pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+of_mode = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+of_kernels = pytest.mark.parametrize("kernel", KERNELS)
+
+
+def run(config, *, training=True, hidden=8, batch=5, lengths=EQUAL, grad=True, input_size=3, limit=60.0, **options):
+    """Every tensor that a call gives or changes by name, and the grids of the launches whose programs met."""
+    options = {"bidirectional": True, "cell_norm": True, **options}
+    layer = make_layer(input_size, hidden, dtype=torch.float32, backend="triton", **options).train(training)
+    directions = 2 if options["bidirectional"] else 1
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(STEPS, batch, input_size, generator=generator).requires_grad_(grad)
+    hx = tuple(torch.randn(directions, batch, hidden, generator=generator) for _ in range(2))
+    with torch.set_grad_enabled(grad), use_config(config), programs_at_once(limit) as grids:
+        output, (h_n, c_n) = layer(x, hx, lengths and list(lengths))
+    found = {"output": output.detach(), "h_n": h_n.detach(), "c_n": c_n.detach()}
+    found |= {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    if grad:  # made from the states of all steps: a wrong cell state in between would show here
+        (output.square().sum() + h_n.sum() + c_n.square().sum()).backward()
+        found |= {f"gradient of {name}": p.grad for name, p in layer.named_parameters()}
+        found["gradient of x"] = x.grad
+    return found, grids
+
+
+@cache
+def run_by_steps(**case):
+    config = case.pop("config", PLAIN)
+    found, met = run(replace(config, sequence=False), **case)
+    assert met == []
+    return found
+
+
+def differing(a, b):
+    """Names of tensors that are not the same bit for bit; NaN is never the same."""
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def assert_same_as_steps(grid, **case):
+    """Sequence mode ran in one launch with this grid and gave what step mode gives."""
+    found, met = run(**{"config": PLAIN, **case})
+    assert met == [grid]
+    assert differing(found, run_by_steps(**case)) == []
+
+
+@of_cells
+@of_lengths
+@of_weights
+def test_training_is_step_mode(config, lengths, cell_norm):
+    assert_same_as_steps((2, 2), config=config, lengths=lengths, cell_norm=cell_norm)
+
+
+@of_cells
+@of_tiles
+def test_training_walks_a_batch_of_several_tiles(lengths, cell_norm):
+    assert_same_as_steps((2, 2), batch=18, lengths=lengths, cell_norm=cell_norm)
+
+
+@of_grad
+@of_lengths
+@of_weights
+def test_evaluation_is_step_mode(config, lengths, grad):
+    """Without gradients only the last cell states are kept."""
+    assert_same_as_steps((2, 1, 2), config=config, training=False, lengths=lengths, grad=grad)
+
+
+@of_grad
+@of_tiles
+def test_evaluation_splits_the_batch(lengths, grad):
+    """Two tiles of each direction, which do not wait for each other; ragged, the second soon has no live row."""
+    assert_same_as_steps((2, 2, 2), training=False, batch=18, lengths=lengths, grad=grad, cell_norm=False)
+
+
+@of_mode
+@pytest.mark.parametrize(
+    ("config", "hidden", "programs"),
+    [
+        (PLAIN, 16, 4),
+        # the last program has 4 units of 8; W_hh h is two products, the second with 4 columns of 16
+        (replace(PLAIN, units=8), 20, 3),
+        (replace(RESIDENT, units=8), 20, 3),
+    ],
+    ids=["four", "three", "three_resident"],
+)
+def test_more_programs(config, hidden, programs, training):
+    grid = (programs, 1) if training else (programs, 1, 1)
+    assert_same_as_steps(grid, config=config, hidden=hidden, bidirectional=False, training=training)
+
+
+@of_mode
+def test_narrow_input(training):
+    """One column: the kernels make W_ih x themselves."""
+    assert_same_as_steps((2, 2) if training else (2, 1, 2), input_size=1, lengths=RAGGED, training=training)
+
+
+def case_of(kernel, tiles=1):
+    return {"training": kernel == "forward", "batch": 18 if tiles > 1 else 5, "grad": False}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "slow"),
+    [("forward", (0, 0, 0)), ("forward", (1, 1, 0)), ("inference", (0, 0, 0)), ("inference", (1, 1, 1))],
+)
+def test_a_slow_program_is_waited_for(monkeypatch, kernel, slow):
+    """By its own direction and tile alone: the others are steps ahead, and their arrivals must not count here."""
+    module, case = KERNELS[kernel], case_of(kernel, tiles=2)
+    real_arrive = module.arrive
+
+    def arrive(counter_ptr):
+        pause = 0.1 if program_place() == slow else 0.0
+        time.sleep(pause)
+        real_arrive(counter_ptr)
+        time.sleep(pause)  # what the others read from now on has been stored before
+
+    monkeypatch.setattr(module, "arrive", arrive)
+    found, met = run(PLAIN, **case)
+    monkeypatch.undo()
+    assert len(met) == 1
+    assert differing(found, run_by_steps(**case)) == []
+
+
+# the layer, too, sees what a training step with garbage in it has given
+@pytest.mark.filterwarnings("ignore:1 training step:RuntimeWarning")
+@pytest.mark.parametrize("missing", [1, 2 * STEPS], ids=["one_arrival", "all_arrivals"])
+@pytest.mark.parametrize("tiles", [1, 2])
+@of_kernels
+def test_a_barrier_that_does_not_wait_is_seen(monkeypatch, kernel, tiles, missing):
+    """What the tests above would say if the barrier returned too early.
+
+    Luck has no part in it: one program holds still until the other is a step ahead, and a right barrier would never
+    let it get there.
+    """
+    module, case = KERNELS[kernel], case_of(kernel, tiles)
+    real_wait = module.wait
+
+    def wait(counter_ptr, target, *how):
+        if program_place()[0] == 0 and target == 0:
+            while tl.atomic_add(counter_ptr, 0) < 2:
+                pass
+        real_wait(counter_ptr, target - missing, *how)
+
+    monkeypatch.setattr(module, "wait", wait)
+    found, met = run(PLAIN, **case)
+    monkeypatch.undo()
+    assert len(met) == 1
+    assert {"output", "h_n", "c_n"} <= set(differing(found, run_by_steps(**case)))
+
+
+@of_kernels
+def test_a_program_that_never_arrives_is_told(monkeypatch, kernel):
+    """Its direction waits for ever; the other one has its own counter and finishes."""
+    module = KERNELS[kernel]
+    real_arrive = module.arrive
+
+    def arrive(counter_ptr):
+        if program_place() != (1, 0, 0):
+            real_arrive(counter_ptr)
+
+    monkeypatch.setattr(module, "arrive", arrive)
+    with pytest.raises(ProgramsError, match=r"not finished after 5 s: \(0, 0, 0\), \(1, 0, 0\)$"):
+        run(PLAIN, limit=5.0, **case_of(kernel))
+
+
+def test_a_program_that_raises_is_told(monkeypatch):
+    """With its own traceback, and long before the time is up, although the others wait for it."""
+    real_arrive = forward.arrive
+
+    def arrive(counter_ptr):
+        if program_place() == (1, 1, 0):
+            raise ArithmeticError("said by one program")
+        real_arrive(counter_ptr)
+
+    monkeypatch.setattr(forward, "arrive", arrive)
+    with pytest.raises(ProgramsError, match="said by one program") as caught:
+        run(PLAIN, limit=600.0)
+    message = str(caught.value)
+    assert message.startswith("program (1, 1, 0) of forward_kernel with grid (2, 2, 1): Traceback")
+    assert "in arrive\n" in message
+    assert (0, 1, 0) in caught.value.unfinished
+
+
+def test_a_program_that_dies_is_told(monkeypatch):
+    real_arrive = forward.arrive
+
+    def arrive(counter_ptr):
+        if program_place() == (0, 0, 0):
+            os.kill(os.getpid(), signal.SIGKILL)
+        real_arrive(counter_ptr)
+
+    monkeypatch.setattr(forward, "arrive", arrive)
+    with pytest.raises(
+        ProgramsError, match=r"program \(0, 0, 0\) of forward_kernel .* died with exit code -9"
+    ) as caught:
+        run(PLAIN, limit=600.0)
+    assert (1, 0, 0) in caught.value.unfinished
