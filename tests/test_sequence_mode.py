@@ -13,18 +13,15 @@ from functools import cache
 
 import pytest
 import torch
-import triton.language as tl
+
+tl = pytest.importorskip("triton.language")
 
 from tests.concurrent import ProgramsError, program_place, programs_at_once
 from tests.support import make_layer
 from triton_bnlstm.kernels import forward, inference, launch
 from triton_bnlstm.kernels.config import Config, use_config
 
-pytestmark = [
-    pytest.mark.skipif(not launch.interpreted(), reason="kernels are compiled here: they run on a GPU"),
-    # Triton's interpreter before 3.7 takes numbers out of arrays of one element, which NumPy 1.25 to 2.3 warns of
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-]
+pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="kernels are compiled here: they run on a GPU")
 
 STEPS = 3
 PLAIN = Config(sequence=True, units=4, batch_tile=16, inner=16, resident=False, warps=4, stages=1)

@@ -47,7 +47,7 @@ def load_state(h_ptr, b, live, k0, H: tl.constexpr, BK: tl.constexpr):
     """Hᵀ: units k0..k0+BK of the rows b of a state [·, H] → [BK, BB], zero in rows that are not live."""
     k = k0 + tl.arange(0, BK)  # [BK]
     rows = h_ptr + b.to(tl.int64)[None, :] * H  # [1, BB]
-    # .cg: these rows were written by other programs, so they are looked for where all programs see the same
+    # .cg: other programs wrote these rows, and nobody reads them twice: past the L1 cache, where the copy allows it
     if H % BK == 0:
         return tl.load(rows + k[:, None], mask=live[None, :], other=0.0, cache_modifier=".cg")
     return tl.load(rows + k[:, None], mask=live[None, :] & (k < H)[:, None], other=0.0, cache_modifier=".cg")
