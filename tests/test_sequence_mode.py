@@ -14,7 +14,9 @@ from functools import cache
 import pytest
 import torch
 
-tl = pytest.importorskip("triton.language")
+pytest.importorskip("triton")
+
+import triton.language as tl
 
 from tests.concurrent import ProgramsError, program_place, programs_at_once
 from tests.support import make_layer
