@@ -99,15 +99,19 @@ class Device:
 INTERPRETER = Device("cpu", 0, 1, 1 << 30, 1 << 30, 1 << 30, 1 << 30)
 
 
-@lru_cache
 def device_of(device: torch.device) -> Device:
-    """Numbers of a torch device (with an index); a CPU's are the interpreter's."""
+    """Numbers of a torch device; a CPU's are the interpreter's."""
     if device.type == "cpu":
         return INTERPRETER
+    return _accelerator(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache
+def _accelerator(index: int) -> Device:
     from triton.runtime import driver  # not at the top: layouts can be chosen where there is no Triton
 
-    p = torch.cuda.get_device_properties(device)
-    limits = driver.active.utils.get_device_properties(device.index)
+    p = torch.cuda.get_device_properties(index)
+    limits = driver.active.utils.get_device_properties(index)
     hip = torch.version.hip is not None
     return Device(
         backend="hip" if hip else "cuda",
