@@ -66,9 +66,11 @@ def load_input(x_ptr, column, owned, row0, b, live, H: tl.constexpr, NARROW: tl.
     As it stands in memory: loaded before the recurrent product and used after it, it should take few registers.
     """
     if NARROW:
-        return tl.load(x_ptr + row0 + b, mask=live, other=0.0)[None, :]
-    rows = x_ptr + (row0 + b.to(tl.int64))[None, :] * (4 * H)  # [1, BB]
-    return tl.load(rows + column[:, None], mask=owned[:, None] & live[None, :], other=0.0)
+        x = tl.load(x_ptr + row0 + b, mask=live, other=0.0)[None, :]
+    else:  # one return: Triton compiles what stands behind another one, and wants the same shape there
+        rows = x_ptr + (row0 + b.to(tl.int64))[None, :] * (4 * H)  # [1, BB]
+        x = tl.load(rows + column[:, None], mask=owned[:, None] & live[None, :], other=0.0)
+    return x
 
 
 @triton.jit

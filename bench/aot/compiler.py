@@ -1,0 +1,200 @@
+"""Compiles kernels for one target and reads from the machine code what they need. Run as a process of its own.
+
+`python -m bench.aot.compiler` reads one request as JSON from its standard input (see `checks.Request`) and writes two
+lines of JSON per kernel: {"begin": ...} before it compiles, then what came of it. A compiler that meets a target it
+cannot handle may abort its process; whoever started this one then knows which kernel it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from triton_bnlstm.kernels.config import Config, use_config
+
+from .cases import Launch, cases, launches
+from .checks import Request
+from .targets import NUMBERS, TARGETS, Target
+
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+_ALIGNED = ["tt.divisibility", 16]
+_BELOW_2_GB = ["tt.pointer_range", 32]
+
+# opcodes of matrix units: mma.sync, wgmma, tcgen05, and AMD's
+_MATRIX = re.compile(r"^(?:[HID]MMA|[HIQ]GMMA|UTC\w*MMA|v_s?mfma)")
+_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_AMDGCN = re.compile(r"^\t((?:v|s|ds|buffer|global|flat|scratch)_\w+)", re.MULTILINE)
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)")
+
+
+@dataclass
+class Resources:
+    """What a compiled kernel needs.
+
+    Attributes:
+        shared: bytes of shared memory of a program.
+        registers: of a thread; AMD: vector registers, accumulation registers included.
+        stack: bytes of local memory of a thread.
+        spills: instructions that store to or load from it; AMD: registers that are spilled to it.
+        matrix: matrix instructions, by their first word.
+        instructions: in all.
+    """
+
+    shared: int
+    registers: int
+    stack: int
+    spills: int
+    matrix: dict[str, int]
+    instructions: int
+
+
+def nvidia_resources(usage: str, sass: str, shared: int) -> Resources:
+    """usage, sass: what `cuobjdump -res-usage` and `nvdisasm -c` say."""
+    found = _USAGE.search(usage)
+    if found is None:
+        raise ValueError(f"no resource usage in {usage!r}")
+    registers, stack, local = map(int, found.groups())
+    opcodes = Counter(opcode.partition(".")[0] for opcode in _SASS.findall(sass))
+    matrix = {opcode: count for opcode, count in opcodes.items() if _MATRIX.match(opcode)}
+    return Resources(shared, registers, stack + local, opcodes["LDL"] + opcodes["STL"], matrix, opcodes.total())
+
+
+def amd_resources(assembly: str, shared: int) -> Resources:
+    """assembly: of the one kernel, with its metadata."""
+
+    def number(key: str) -> int:
+        found = re.search(rf"^\s+\.{key}:\s+(\d+)$", assembly, re.MULTILINE)
+        if found is None:
+            raise ValueError(f"no .{key} in the assembly's metadata")
+        return int(found.group(1))
+
+    opcodes = Counter(_AMDGCN.findall(assembly))
+    matrix = {opcode: count for opcode, count in opcodes.items() if _MATRIX.match(opcode)}
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    stack = number("private_segment_fixed_size")
+    return Resources(shared, number("vgpr_count"), stack, spills, matrix, opcodes.total())
+
+
+def _specialised(launch: Launch, target: Target) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Types, constants and properties of the arguments as Triton's launcher derives them from their values.
+
+    Tensors are taken to be aligned to 16 bytes, as torch allocates them, and to be smaller than 2 GB.
+    """
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    properties: dict[Any, Any] = {}
+    values = (*launch.tensors, *launch.scalars)
+    for k, parameter in enumerate(launch.kernel.params):
+        if parameter.name in launch.constants:
+            signature[parameter.name] = "constexpr"
+            constants[(k,)] = launch.constants[parameter.name]
+            continue
+        value = values[k]
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+            properties[(k,)] = [_ALIGNED, _BELOW_2_GB] if target.device.backend == "hip" else [_ALIGNED]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        elif parameter.do_not_specialize or (value != 1 and int(value) % 16):
+            signature[parameter.name] = "i32"
+        elif value == 1:
+            signature[parameter.name] = "constexpr"
+            constants[(k,)] = 1
+        else:
+            signature[parameter.name] = "i32"
+            properties[(k,)] = [_ALIGNED]
+    return signature, constants, properties
+
+
+def compiled(launch: Launch, target: Target) -> Any:
+    """The kernel of a launch, compiled for a target."""
+    signature, constants, properties = _specialised(launch, target)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=properties)
+    return triton.compile(
+        source,
+        target=GPUTarget(target.device.backend, target.arch, target.device.warp),
+        options={**launch.options, "enable_fp_fusion": True},
+    )
+
+
+def read_resources(kernel: Any, target: Target) -> Resources:
+    """What a compiled kernel needs, from its machine code."""
+    shared = int(kernel.metadata.shared)
+    if target.device.backend == "hip":
+        return amd_resources(kernel.asm["amdgcn"], shared)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(kernel.asm["cubin"])
+
+        def output(tool: str, option: str) -> str:
+            return subprocess.run([tools / tool, option, file], capture_output=True, text=True, check=True).stdout
+
+        return nvidia_resources(output("cuobjdump", "-res-usage"), output("nvdisasm", "-c"), shared)
+
+
+def description(launch: Launch, target: Target, numbers: str) -> dict[str, Any]:
+    """A launch in JSON's own types."""
+    return {
+        "target": target.name,
+        "numbers": numbers,
+        "kernel": launch.name,
+        **launch.case._asdict(),
+        "mode": launch.mode,
+        "programs": math.prod(launch.grid),
+        "constants": launch.constants,
+        "options": launch.options,
+    }
+
+
+def run(request: Request) -> None:
+    """Compile everything that is asked for, each different kernel once."""
+    target = TARGETS[request.target]
+    seen = set()
+    layout = nullcontext() if request.layout is None else use_config(Config(**request.layout))
+    with layout:
+        for numbers in request.numbers:
+            for case in cases(request.variants, request.batches, request.hiddens, request.directions):
+                for launch in launches(target.device, NUMBERS[numbers], case):
+                    key = repr((launch.kernel, _specialised(launch, target), launch.options))
+                    if key not in seen:
+                        seen.add(key)
+                        _report(launch, target, numbers)
+
+
+def _report(launch: Launch, target: Target, numbers: str) -> None:
+    what = description(launch, target, numbers)
+    print(json.dumps({"begin": what}), flush=True)
+    began = time.perf_counter()
+    try:
+        kernel = compiled(launch, target)
+        seconds = time.perf_counter() - began
+        result: dict[str, Any] = {"resources": asdict(read_resources(kernel, target)), "seconds": seconds}
+    except Exception as error:  # whatever a compiler may raise: it is what is looked for
+        result = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps({**what, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    run(Request(**json.load(sys.stdin)))
