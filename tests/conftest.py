@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
@@ -30,3 +32,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def bands(monkeypatch):
+    """Guard bands around every tensor that a kernel writes, looked at when the test is over."""
+    from triton_bnlstm.kernels import launch
+
+    poison = 12345.0
+    held: list[tuple[Tensor, int]] = []
+
+    def empty(*shape, dtype, device):
+        size = math.prod(shape)
+        whole = torch.full((size + 128,), poison, dtype=dtype, device=device)
+        whole[64 : 64 + size] = math.nan
+        held.append((whole, size))
+        return whole[64 : 64 + size].view(shape)
+
+    monkeypatch.setattr(launch, "empty", empty)
+    yield held
+    for whole, size in held:
+        assert (whole[:64] == poison).all()
+        assert (whole[64 + size :] == poison).all()

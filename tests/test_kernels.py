@@ -1,123 +1,35 @@
 """The kernels against the float64 oracle, in Triton's interpreter or on a GPU: outputs, states, statistics, gradients.
 
-What a kernel writes is allocated full of NaN between guard bands, so that nothing left unwritten, read too early or
-written beside its place goes unseen.
+What a kernel writes is allocated full of NaN between guard bands (the fixture `bands`), so that nothing left unwritten,
+read too early or written beside its place goes unseen.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from tests.support import assert_same_buffers, buffers, make_layer, oracle_of
-from triton_bnlstm import BNLSTM
-from triton_bnlstm.packing import Packing
-
-pytest.importorskip("triton")
-
-from triton_bnlstm.kernels import launch
+from tests.kernel_cases import (
+    DEVICE,
+    FLOAT16,
+    FLOAT32,
+    check,
+    close,
+    device_lengths,
+    kernel_layer,
+    one_program,
+    step_mode,
+)
+from tests.support import buffers, oracle_of
 from triton_bnlstm.kernels.config import Config, use_config
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-POISON = 12345.0
-BAND = 64  # elements on each side
-
-# Sums of at most some hundred float32 numbers, a few steps deep: roundings of 2⁻²⁴ = 6e-8, ε = 3e-3 under the root.
-FLOAT32 = 1e-5
-# float16 keeps 11 bits: h is rounded by 2⁻¹² relative at each step and W_ih x likewise, γ/σ of order one carries each
-# on, and a handful of steps add up.
-FLOAT16 = 8e-3
-
-
-@pytest.fixture(autouse=True)
-def bands(monkeypatch):
-    """Guard bands around every tensor that a kernel writes, looked at when the test is over."""
-    held: list[tuple[Tensor, int]] = []
-
-    def empty(*shape, dtype, device):
-        size = math.prod(shape)
-        whole = torch.full((size + 2 * BAND,), POISON, dtype=dtype, device=device)
-        whole[BAND : BAND + size] = math.nan
-        held.append((whole, size))
-        return whole[BAND : BAND + size].view(shape)
-
-    monkeypatch.setattr(launch, "empty", empty)
-    yield held
-    for whole, size in held:
-        assert (whole[:BAND] == POISON).all()
-        assert (whole[BAND + size :] == POISON).all()
-
-
-def step_mode(units=4, tile=16, inner=16):
-    return Config(sequence=False, units=units, batch_tile=tile, inner=inner, resident=False, warps=4, stages=1)
-
-
-def one_program(units=16, tile=16, inner=16, resident=True):
-    """Sequence mode without a barrier, as the interpreter can run it."""
-    return Config(sequence=True, units=units, batch_tile=tile, inner=inner, resident=resident, warps=4, stages=1)
-
-
-def device_lengths(monkeypatch):
-    """Lengths given to the host take the way of lengths on a device."""
-    monkeypatch.setattr(Packing, "of_host_lengths", lambda steps, lengths, _: Packing.of_device_lengths(steps, lengths))
-
-
-def close(name: str, actual: Tensor, expected: Tensor, bound: float) -> None:
-    assert actual.shape == expected.shape, name
-    error = (actual.detach().cpu().double() - expected).norm() / expected.norm().clamp_min(1e-6)
-    assert error <= bound, f"{name}: relative RMS error {error:.2e}"
-
-
-def kernel_layer(*sizes, dtype=torch.float32, **options) -> BNLSTM:
-    """On the kernels, with a population, and of no memory: statistics after a step are that step's moments."""
-    return make_layer(*sizes, dtype=dtype, backend="triton", momentum=1.0, **options).to(DEVICE)
-
-
-def check(layer: BNLSTM, x: Tensor, lengths=None, *, states: bool = True, bound=FLOAT32, start=0) -> None:
-    """One layer and direction: all that a call gives and leaves, in training and in evaluation."""
-    exact = copy.deepcopy(layer).cpu().double()
-    shape = (1, x.shape[1], layer.hidden_size)
-    hx = [torch.randn(shape).to(x.dtype) * 0.5 for _ in range(2)] if states else [torch.zeros(shape).to(x.dtype)] * 2
-    for training in (False, True):
-        layer.train(training)
-        oracle = oracle_of(exact)
-        before = buffers(layer)
-        inputs = [s.to(DEVICE).requires_grad_() for s in (x, *hx)]
-        output, (h_n, c_n) = layer(inputs[0], tuple(inputs[1:]) if states else None, lengths=lengths, start=start)
-        wides = [s.detach().double().requires_grad_() for s in (x, *hx)]
-        held = lengths or [len(x)] * x.shape[1]
-        *expected, seen = oracle.run(wides[0], held, wides[1][0], wides[2][0], training, start)
-        for name, a, e in zip(("output", "h_n", "c_n"), (output, h_n[0], c_n[0]), expected, strict=True):
-            close(f"{name}, training={training}", a, e, bound)
-
-        weights = [torch.randn(e.shape).to(x.dtype) for e in expected]
-        among = inputs if states else inputs[:1]
-        outputs = (output, h_n[0], c_n[0])
-        found = torch.autograd.grad(outputs, [*among, *layer.parameters()], [w.to(DEVICE) for w in weights])
-        doubled = [w.double() for w in weights]
-        wanted = torch.autograd.grad(expected, [*wides[: len(among)], *exact.parameters()], doubled)
-        for k, (a, e) in enumerate(zip(found, wanted, strict=True)):
-            close(f"gradient {k}, training={training}", a, e, 5 * bound)
-
-        after = buffers(layer)
-        if not training:
-            assert_same_buffers(before, after)
-            continue
-        for norm, slots in seen.items():
-            for slot, moments in slots.items() if norm != "c" or layer.cell_norm else ():
-                name = f"{norm} of slot {slot}"
-                # a mean may be next to nothing beside the deviations
-                scale = moments.mean.square() + moments.var
-                error = (after[f"mean_{norm}_l0"][slot].cpu() - moments.mean).square() / scale.clamp_min(1e-12)
-                assert error.mean().sqrt() <= 2 * bound, name
-                close(f"variance, {name}", after[f"var_{norm}_l0"][slot], moments.var, 2 * bound)
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("bands")
 
 
 LENGTHS = {"equal": None, "ragged": [6, 2, 5, 1, 6], "one row left": [6, 3, 3, 1, 1]}
@@ -260,43 +172,23 @@ def test_layers_and_directions(config, columns, lengths):
         close("", a, e.cpu().double(), 5 * FLOAT32 if columns > 1 else 50 * FLOAT32)
 
 
-def test_padding_may_be_anything():
-    layer = kernel_layer(3, 5, cell_norm=True, bidirectional=True)
-    x = torch.randn(6, 5, 3, device=DEVICE)
-    lengths = [6, 2, 5, 1, 6]
-    bad = x.clone()
-    for b, length in enumerate(lengths):
-        bad[length:, b] = math.nan
-    twin = copy.deepcopy(layer)
-    given = bad.requires_grad_()
-    with use_config(step_mode()):
-        expected, output = twin(x, lengths=lengths)[0], layer(given, lengths=lengths)[0]
-    assert torch.equal(output, expected)
-    assert_same_buffers(buffers(layer), buffers(twin))
-    output.sum().backward()
-    assert given.grad.isfinite().all()
-    for b, length in enumerate(lengths):
-        assert (given.grad[length:, b] == 0).all()
-
-
-def test_the_same_bits_every_time():
-    with use_config(step_mode()):
-        first, second = (kernel_layer(3, 9, cell_norm=True) for _ in range(2))
-        x = torch.randn(6, 20, 3, device=DEVICE)
-        assert torch.equal(first(x, lengths=[6] * 9 + [2] * 11)[0], second(x, lengths=[6] * 9 + [2] * 11)[0])
-    assert_same_buffers(buffers(first), buffers(second))
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, in the interpreter
-def test_infinite_input_leaves_the_statistics():
-    layer = kernel_layer(3, 5)
-    before = buffers(layer)
-    x = torch.randn(4, 3, 3, device=DEVICE)
-    x[1, 1, 1] = math.inf
-    with pytest.warns(RuntimeWarning, match="not finite"):
-        layer(x), layer.eval()
-    after = buffers(layer)
-    assert all(torch.equal(before[name], after[name]) for name in before if name != "_skipped_steps")
+@pytest.mark.parametrize("lengths", [[4, 2, 3, 1, 4], [3, 1, 2, 1, 3]], ids=["to the end", "shorter than T"])
+@pytest.mark.parametrize("where", ["host", "device"])
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_states_without_a_gradient(training, where, lengths, monkeypatch):
+    """The last states of finished rows, where cells are kept for no backward; and steps in which nobody is left."""
+    if where == "device":
+        device_lengths(monkeypatch)
+    layer = kernel_layer(3, 5, cell_norm=True).train(training)
+    oracle = oracle_of(copy.deepcopy(layer).cpu().double())
+    x = torch.randn(4, 5, 3)
+    h_0, c_0 = torch.randn(2, 5, 5).unbind()
+    with torch.no_grad(), use_config(step_mode()):
+        output, (h_n, c_n) = layer(x.to(DEVICE), (h_0[None].to(DEVICE), c_0[None].to(DEVICE)), lengths=lengths)
+    expected = oracle.run(x.double(), lengths, h_0.double(), c_0.double(), training)
+    for name, a, e in zip(("output", "h_n", "c_n"), (output, h_n[0], c_n[0]), expected[:3], strict=True):
+        close(name, a, e, FLOAT32)
+    assert all(buffer.isfinite().all() for buffer in buffers(layer).values())
 
 
 @hypothesis_settings(max_examples=15)
@@ -318,77 +210,3 @@ def test_any_shape(data, steps, batch, hidden, columns, cell_norm, units, sequen
     layer = kernel_layer(columns, hidden, cell_norm=cell_norm, max_length=3, eps=0.1)
     with use_config(config):
         check(layer, torch.randn(steps, batch, columns), lengths)
-
-
-def test_second_derivatives_are_the_references():
-    """The kernels' backward steps aside for a gradient with a graph."""
-    layer = kernel_layer(2, 3)
-    twin = copy.deepcopy(layer)
-    twin.backend = "reference"
-    x = torch.randn(3, 4, 2, device=DEVICE)
-    found = []
-    for model in (layer, twin):
-        given = x.clone().requires_grad_()
-        (first,) = torch.autograd.grad(model(given)[0].square().sum(), given, create_graph=True)
-        found.append(torch.autograd.grad(first.square().sum(), [given, *model.parameters()]))
-    for a, e in zip(*found, strict=True):
-        close("", a, e.cpu().double(), 1e-4)
-
-
-def test_the_output_may_be_written_over():
-    """nn.LSTM's output can be; where a backward needs it, autograd notices."""
-    layer = kernel_layer(2, 3)
-    x = torch.randn(3, 4, 2, device=DEVICE)
-    output = layer(x)[0]
-    output.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        output.sum().backward()
-    with torch.no_grad():
-        layer(x)[0].mul_(2)
-
-
-def test_one_column_needs_no_preactivations(bands):
-    """Without a gradient nothing as large as W_ih x of all rows is made for an input of one column."""
-    layer = kernel_layer(1, 3)
-    x = torch.randn(20, 8, 1, device=DEVICE)
-    largest = 20 * 8 * 4 * 3
-    with torch.no_grad():
-        layer(x), layer.eval()(x)
-        assert bands
-        assert max(size for _, size in bands) < largest
-        kernel_layer(2, 3)(x.expand(-1, -1, 2))
-    assert max(size for _, size in bands) == largest
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="memory is not really taken on a CPU alone; tests/test_gpu.py has its own")
-@pytest.mark.parametrize("narrow", [False, True], ids=["W_ih x", "states"])
-@pytest.mark.parametrize("directions", [1, 2])
-def test_offsets_beyond_32_bits(directions, narrow):
-    """The last rows of tensors with more than 2³¹ elements, of which no others are ever touched."""
-    hidden, batch = 64, 2
-    columns = hidden if narrow else 4 * hidden
-    rows = 2**31 // (columns * directions) + 16 * directions
-    found = []
-    weight = torch.randn(directions, 4 * hidden, hidden).half() * 0.2
-    h_0, x_last = (
-        torch.randn(directions, batch, hidden).half(),
-        torch.randn(directions, batch, 1 if narrow else columns),
-    )
-    for held in (rows, batch):
-        h = torch.empty(directions, batch + held, hidden, dtype=torch.float16)
-        c = torch.empty(directions, batch + held, hidden)
-        x = torch.empty(directions, held) if narrow else torch.empty(directions, held, columns, dtype=torch.float16)
-        h[:, :batch], c[:, :batch] = h_0, h_0.float()
-        x[:, -batch:] = x_last[:, :, 0] if narrow else x_last.half()
-        table = launch.Rows(torch.tensor([0, held]), torch.tensor([batch], dtype=torch.int32), 1, held, batch)
-        terms = torch.ones(directions, 1, 4 * hidden), torch.zeros(directions, 1, 4 * hidden)
-        with use_config(step_mode(units=64, inner=64)):
-            launch.train(h, c, weight, x, terms, torch.ones(directions, 4 * hidden), table, 0.1, None, None, None)
-            found.append([h[:, -batch:].clone(), c[:, -batch:].clone()])
-            h[:, -batch:] = 0
-            scales = terms[0], terms[0], terms[1]
-            launch.infer(h, c, weight, x, scales, table, None)
-            found[-1] += [h[:, -batch:].clone(), c[:, -batch:].clone()]
-    for far, near in zip(*found, strict=True):
-        assert torch.equal(far, near)
-        assert near.abs().min() > 0

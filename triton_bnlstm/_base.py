@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from . import checks, functional
-from .backend import BACKENDS
+from .backend import BACKENDS, requested_backend
 from .dispatch import run
 from .packing import Packing
 from .recompute import Calls, fingerprint, in_backward
@@ -261,11 +261,12 @@ class BNLSTMBase(nn.Module):
         """Drop what lasts from one call to another but is no part of the layer's state."""
         self._resolved: dict[str, tuple[list[Tensor], list[int], Statistics]] = {}
         self._calls = Calls()
+        self._asked_for: str | None = None
         self._intercept: Callable[[Tensor, Packing, States | None, int], Pass] | None = None
         self._skip_told = False
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("_resolved", "_calls", "_intercept")
+        transient = ("_resolved", "_calls", "_asked_for", "_intercept")
         return {name: value for name, value in self.__dict__.items() if name not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -280,7 +281,9 @@ class BNLSTMBase(nn.Module):
         """What evaluation normalises by. Resolved statistics are kept until a buffer changes."""
         statistics = self._statistics_of(suffix)
         buffers: list[Tensor] = [s for m in statistics[:3] if m is not None for s in m] + [self.rows]
-        if any(buffer.is_inference() for buffer in buffers):  # these do not tell when they change
+        # Inference tensors do not tell when they change. What a CUDA graph makes belongs to it, and what it reads has
+        # to be there as long as it is: neither goes through the cache.
+        if any(buffer.is_inference() for buffer in buffers) or _capturing(self.rows):
             resolved = resolve_statistics(statistics)
         else:
             versions = [buffer._version for buffer in buffers]
@@ -303,6 +306,10 @@ class BNLSTMBase(nn.Module):
         regularise: bool,
     ) -> Pass:
         """All layers and directions over rows, each with its population; pure. `regularise`: dropout and noise."""
+        backend = requested_backend(self.backend)
+        if in_backward() and self._asked_for is not None:  # a recomputation: contexts may be gone, or another thread's
+            backend = self._asked_for
+        self._asked_for = backend
         mirrored = packing.mirror if any(len(directions) > 1 for directions in self._suffixes) else None
         h_n: list[Tensor] = []
         c_n: list[Tensor] = []
@@ -321,7 +328,7 @@ class BNLSTMBase(nn.Module):
                 turned = x if direction == 0 or mirrored is None else x.index_select(0, mirrored)
                 calls.append(Call(turned, h, c, self._parameters_of(suffix), problem))
             outputs = []
-            for direction, ran in enumerate(run(calls, self.backend)):
+            for direction, ran in enumerate(run(calls, backend)):
                 outputs.append(ran.rows if direction == 0 or mirrored is None else ran.rows.index_select(0, mirrored))
                 h_n.append(ran.h_n)
                 c_n.append(ran.c_n)
@@ -401,6 +408,11 @@ class BNLSTMBase(nn.Module):
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def _capturing(on: Tensor) -> bool:
+    """Whether the current stream of the tensor's device records a graph instead of running."""
+    return on.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 # Lazily: importing torch._dynamo takes a second, which nobody should pay who does not compile.

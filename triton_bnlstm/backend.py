@@ -126,9 +126,14 @@ def backend_report() -> BackendReport:
         why_not = why_no_kernels(torch.device("cuda", torch.cuda.current_device()), torch.float32)
         backend = "triton" if why_not is None else "reference"
         why = why_not or "on accelerators; tensors on a CPU, and float64, take the reference path"
-    requested = requested_backend(None)
-    if requested != "auto":
+    try:
+        requested = requested_backend(None)
+    except ValueError as error:
+        requested, why = "auto", f"{why}; but every call will raise: {error}"
+    if requested == "reference" or (requested == "triton" and backend == "triton"):
         backend, why = requested, f"asked for by use_backend or {_VARIABLE}"
+    elif requested == "triton":
+        why = f'{why}; but use_backend or {_VARIABLE} ask for "triton", which raises where the kernels cannot run'
     return BackendReport(
         version=__version__,
         torch=torch.__version__,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import warnings
 
+from torch.autograd import forward_ad
+
 from . import bptt
 from .backend import requested_backend, why_no_kernels
 from .kernels.config import explicit_config
@@ -24,6 +26,23 @@ def _tell_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
+def _why_not_these(calls: list[Call]) -> str | None:
+    """What these calls ask for that no kernel gives."""
+    if getattr(forward_ad, "_current_level", -1) < 0:
+        return None
+    inputs = [s for c in calls for s in (c.x, c.h, c.c, *c.parameters) if s is not None]
+    if any(forward_ad.unpack_dual(s).tangent is not None for s in inputs):
+        return "the kernels have no forward-mode derivatives"
+    return None
+
+
+def _case(calls: list[Call]) -> tuple[object, ...]:
+    """What a failure of a kernel is a failure for."""
+    p, problem = calls[0].parameters, calls[0].problem
+    shapes = (p.weight_ih.shape, p.weight_hh.shape, problem.packing.batch, len(calls))
+    return p.weight_hh.device, p.weight_hh.dtype, *shapes, p.gamma_c is None, problem.frozen, problem.population is None
+
+
 def run(calls: list[Call], backend: str | None) -> list[Ran]:
     """All directions of one layer on the backend that is asked for; they share device, dtype and packing.
 
@@ -34,13 +53,15 @@ def run(calls: list[Call], backend: str | None) -> list[Ran]:
     weight = calls[0].parameters.weight_hh
     if requested != "reference":
         wanted = requested == "triton" or weight.device.type in KERNEL_DEVICES
-        reason = why_no_kernels(weight.device, weight.dtype) if wanted else None
+        reason = None
+        if wanted:
+            reason = why_no_kernels(weight.device, weight.dtype) or _why_not_these(calls)
         if reason is not None and requested == "triton":
             raise RuntimeError(f'backend="triton": {reason}')
         if reason is not None:
             _tell_once(f"triton_bnlstm runs on the reference path: {reason}")
         elif wanted:
-            case = (weight.device, weight.dtype, weight.shape, calls[0].problem.packing.batch, calls[0].problem.frozen)
+            case = _case(calls)
             if requested == "triton" or case not in _failed:
                 try:
                     return list(importlib.import_module("triton_bnlstm.fused").layer(calls))

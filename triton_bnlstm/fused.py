@@ -67,10 +67,10 @@ def _project(x: Tensor, parameters: list[Parameters]) -> Tensor:
 
 
 def _product_of_means(mean: Tensor, parameters: list[Parameters]) -> Tensor:
-    """W_ih · mean, [dirs, T, D] float32 → [dirs, T, 4H] float32, to float32's precision whatever torch's switches say.
+    """W_ih · mean, [dirs, T, D] float32 → [dirs, T, 4H] float32, whose precision no switch of torch's lowers.
 
-    It is one row per step, but it may be large against the deviations beside it. So each factor is split into two of 11
-    bits, whose products TF32 knows exactly; that of the small parts is below the rest's rounding.
+    It is one row per step, so it may cost three products: each factor is split into its first 11 bits, whose products
+    TF32 knows exactly, and the rest; rest times rest is left out, 2⁻²² of the whole.
     """
 
     def split(s: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,35 +99,33 @@ def _train_input(
     problem = problems[0]
     narrow = x.shape[2] == 1
     centred = launch.empty(*x.shape, dtype=torch.float32 if narrow else x.dtype, device=x.device)
-    if problem.packing.mask is not None:
-        centred.zero_()
-    x_mean, x_var = launch.moments(x, rows, centred)  # [dirs, T, D]
+    x_mean, _ = launch.moments(x, rows, centred)  # [dirs, T, D]
     if narrow:  # W_ih x is x times a column: its moments are known, and it need not exist
         column = _float(parameters, "weight_ih").mT  # [dirs, 1, 4H]
-        mean, var, x = x_mean.new_zeros(()), x_var * column.square(), centred[:, :, 0]
+        rest, var = launch.moments(centred, rows)  # what rounding has left of the mean
+        mean, var, x = rest * column, var * column.square(), centred[:, :, 0]
     else:
         x = _project(centred, parameters)
         mean, var = launch.moments(x, rows)
 
+    # W_ih x̄ in two parts: that of the mean of all rows, which may be large, and each step's distance from it.
     count = problem.packing.count
+    weights = (count / count.sum()).float()[:, None]
+    middle = (weights * x_mean).sum(1, keepdim=True)  # [dirs, 1, D]
+    offset = _product_of_means(x_mean - middle, parameters)
+    large = torch.bmm(middle.double(), _stack([p.weight_ih for p in parameters]).double().mT)  # a row: it costs nothing
     if problem.over_time:
-        offset = _product_of_means(x_mean, parameters)
-        own = [Moments(m, v, count) for m, v in zip(mean + offset, var, strict=True)]
+        own = [Moments(m, v, count) for m, v in zip((mean + offset + large).float(), var, strict=True)]
         relative = mean
         if problem.population is not None:
             share = _shares(problems)[:, :, None]
             population_mean, population_var = _populations(problems, "ih")
-            gap = mean + (offset - population_mean)
+            gap = mean + offset + (large - population_mean).float()
             relative = mean - (1 - share) * gap
             var = share * var + (1 - share) * population_var + share * (1 - share) * gap.square()
     else:
-        # relative to the mean of all rows, so that steps are compared before anything large is added
-        weights = (count / count.sum()).float()[:, None]
-        centre = (weights * x_mean).sum(1, keepdim=True)  # [dirs, 1, D]
-        offset = _product_of_means(x_mean - centre, parameters)
         pooled = [pool(Moments(m, v, count)) for m, v in zip(mean + offset, var, strict=True)]
-        all_offset = _product_of_means(centre, parameters)
-        own = [m._replace(mean=m.mean + o) for m, o in zip(pooled, all_offset, strict=True)]
+        own = [m._replace(mean=(m.mean + o).float()) for m, o in zip(pooled, large, strict=True)]
         var = _stack([m.var for m in pooled])
         relative = _stack([m.mean for m in pooled]) - offset
 
@@ -143,12 +141,12 @@ def _shares(problems: list[Problem]) -> Tensor:
     return _stack([cast(Tensor, cast(Population, p.population).weight) for p in problems]).float()
 
 
-def _last_states(states: Tensor, packing: Packing) -> Tensor:
-    """Each sequence's state after its own last step, [dirs, B + R, H] → [dirs, B, H]."""
+def _last_states(states: Tensor, packing: Packing) -> list[Tensor]:
+    """Each sequence's state after its own last step, [dirs, B + R, H] → [B, H] per direction."""
     if packing.equal:
-        return states[:, -packing.batch :].clone()
+        return [state[-packing.batch :].clone() for state in states]
     last = packing.first_rows[packing.lengths] + torch.arange(packing.batch, device=states.device)
-    return states.index_select(1, last)
+    return [state.index_select(0, last) for state in states]
 
 
 class _Trained(NamedTuple):
@@ -279,7 +277,7 @@ class _Recorded:
         return z - self.mean[t], self.rstd[t]
 
 
-def _results(h: Tensor, h_n: Tensor, c_n: Tensor, packing: Packing) -> list[Tensor]:
+def _results(h: Tensor, h_n: list[Tensor], c_n: list[Tensor], packing: Packing) -> list[Tensor]:
     """Rows [R, H], h_n and c_n [B, H] of each direction."""
     results = []
     for direction in range(h.shape[0]):
@@ -328,21 +326,25 @@ class _Layer(torch.autograd.Function):
         outputs = tuple(islice(places, len(problems)))
         cells = next(places)
         found: list[Tensor | None] = []
-        for direction, call in enumerate(_calls_of(inputs, problems)):
-            own = slice(direction * _INPUTS, (direction + 1) * _INPUTS)
-            needed = ctx.needs_input_grad[2:][own]
-            wanted = gradients[direction * _OUTPUTS : (direction + 1) * _OUTPUTS]
-            if torch.is_grad_enabled():
-                found += bptt.differentiable_backward(inputs[own], call.problem, wanted, needed)
-                continue
-            own_hh = own_c = None
-            if not call.problem.frozen:
-                own_hh = next(places), next(places)
-                own_c = None if call.parameters.gamma_c is None else (next(places), next(places))
-            z_x, used, saved = _gates_again(call, outputs[direction], cells[direction], own_hh, own_c)
-            result = outputs[direction], z_x, used
-            d_x, d_h, d_c, d_parameters = bptt.backward(*call, result, saved, wanted, needed[0])
-            found += [d_x, d_h, d_c, *d_parameters]
+        with torch.autocast(cells.device.type, enabled=False):  # as the forward
+            for direction, call in enumerate(_calls_of(inputs, problems)):
+                own = slice(direction * _INPUTS, (direction + 1) * _INPUTS)
+                needed = ctx.needs_input_grad[2:][own]
+                wanted = gradients[direction * _OUTPUTS : (direction + 1) * _OUTPUTS]
+                own_hh = own_c = None
+                if not call.problem.frozen:
+                    own_hh = next(places), next(places)
+                    own_c = None if call.parameters.gamma_c is None else (next(places), next(places))
+                if not any(needed):
+                    found += [None] * _INPUTS
+                    continue
+                if torch.is_grad_enabled():
+                    found += bptt.differentiable_backward(inputs[own], call.problem, wanted, needed)
+                    continue
+                z_x, used, saved = _gates_again(call, outputs[direction], cells[direction], own_hh, own_c)
+                result = outputs[direction], z_x, used
+                d_x, d_h, d_c, d_parameters = bptt.backward(*call, result, saved, wanted, needed[0])
+                found += [d_x, d_h, d_c, *d_parameters]
         return None, None, *found
 
 
@@ -363,7 +365,8 @@ def layer(calls: list[Call]) -> list[Ran]:
         elif problems[0].frozen:
             with torch.no_grad():
                 h, c_n = _infer(calls, keep_cells=False)
-                results = tuple(_results(h, _last_states(h, problems[0].packing), c_n, problems[0].packing))
+                packing = problems[0].packing
+                results = tuple(_results(h, _last_states(h, packing), [c.clone() for c in c_n], packing))
         else:
             with torch.no_grad():
                 h, c, moments = _train(calls)

@@ -122,7 +122,7 @@ class Packing:
             time = torch.arange(self.steps, device=device)[:, None]
             mirrored = torch.where(time < self.lengths, self.lengths - 1 - time, time)
             return (mirrored * self.batch + torch.arange(self.batch, device=device)).reshape(-1)
-        held = torch.tensor(self.sizes, device=device)
+        held = self.count.to(torch.int64)  # where it is: sizes would have to be sent there
         first = held.cumsum(0) - held  # [T] first row of each step
         time = torch.repeat_interleave(torch.arange(len(self.sizes), device=device), held, output_size=sum(self.sizes))
         seat = torch.arange(sum(self.sizes), device=device) - first[time]

@@ -110,7 +110,7 @@ def _specialised(launch: Launch, target: Target) -> tuple[dict[str, str], dict[A
             signature[parameter.name] = "constexpr"
             constants[(k,)] = launch.constants[parameter.name]
             continue
-        value = values[k]
+        value: Any = values[k]
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
             properties[(k,)] = [_ALIGNED, _BELOW_2_GB] if target.device.backend == "hip" else [_ALIGNED]

@@ -159,7 +159,9 @@ def default_config(
         return Config(units >= hidden, units, min(seats, 64), whole, False, 4, 1)
 
     matrix = device.multiplies(dtype, precision)
-    most_elements = _MOST_TILE if matrix else _MOST_TILE // 2
+    most_elements = _MOST_TILE
+    if device.backend == "hip" or not matrix:
+        most_elements //= 4 if device.backend == "hip" else 2
 
     def tile_beside(units: int) -> int:
         return min(seats, most_elements // (4 * units), 64 if split_batch else 128)
@@ -170,7 +172,8 @@ def default_config(
 
     sequence, units = False, 4 if hidden <= 4 else 8
     if steps > 1 and device.backend == "cuda" and device.capability >= 70:
-        fitting = [u for u in (units, 16, 32) if u >= units and programs(u) <= device.multiprocessors]
+        # as many programs as there are multiprocessors can meet; one that holds its recurrence alone meets nobody
+        fitting = [u for u in (units, 16, 32) if u >= units and (programs(u) <= device.multiprocessors or u >= hidden)]
         sequence, units = bool(fitting), min(fitting, default=units)
     tile = tile_beside(units)
     warps = 8 if 4 * units * tile >= 2048 else 4
@@ -183,7 +186,7 @@ def default_config(
     fits = (4 * units + tile) * whole * size <= room and through_registers <= _MOST_REGISTERS_OF_STATE
     if sequence and matrix and one_tile and fits:
         return Config(True, units, tile, whole, True, warps, 1)
-    inner = min(whole, 256 // size) if matrix else 16
+    inner = min(whole, 128 // size) if matrix else 16
     stages = max(1, min(4, room // ((4 * units + tile) * inner * size))) if matrix else 1
     return Config(sequence, units, tile, inner, False, warps, stages)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +100,7 @@ def train(
     Args:
         h: [dirs, B + R, H] states. c: the same, float32.
         weight: [dirs, 4H, H] W_hh.
-        x: [dirs, R, 4H] W_ih x, or [dirs, R] float32 x itself where it is one column.
+        x: [dirs, R, 4H] W_ih x; or, where x is one column, [dirs, R] float32 x less its mean.
         terms: scale and shift of each step's input, [dirs, T, 4H] float32.
         gamma: [dirs, 4H] float32 γ_hh.
         rows: which rows exist.
@@ -212,7 +212,12 @@ def _recur(
         if device.backend == "hip":
             raise KernelError("sequence mode: its barrier is written for CUDA devices; use step mode")
         launch = _prepare(kernel, arguments(config), shared, hidden, config, h)
-        room = resident_programs(kernel, launch, rows, device)
+        try:
+            room = resident_programs(kernel, launch, rows, device)
+        except KernelError:
+            if explicit is not None:
+                raise
+            room = 0  # another layout may compile
         if launch.programs <= room and rows.steps * launch.programs < MOST_ARRIVALS:
             _run(kernel, *launch.call(0, rows.steps, rows))
             if launch.constants["SYNC"] == "drain":
@@ -329,7 +334,21 @@ def _as_kernel_error(kernel: Any) -> Iterator[None]:
         raise KernelError(f"{kernel.__name__}: {type(error).__name__}: {text[0] if text else ''}") from error
 
 
-_FATAL = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
+# What makes a device useless until the process ends, and a lack of memory, which another path would only share.
+_FATAL = (
+    *("illegal memory access", "illegal instruction", "illegal address", "invalid program counter"),
+    *("device-side assert", "unspecified launch failure", "misaligned address", "hardware stack error"),
+    *("launch timed out", "out of memory", "uncorrectable"),
+)
+
+
+def _quiet() -> AbstractContextManager[Any]:
+    """Rows and columns that do not exist are computed too, then thrown away: NumPy would warn of what comes of them."""
+    if not interpreted():
+        return nullcontext()
+    import numpy
+
+    return numpy.errstate(all="ignore")
 
 
 def _run(
@@ -342,6 +361,6 @@ def _run(
 ) -> None:
     """One launch, on the tensors' device and its current stream."""
     on_device = torch.cuda.device(tensors[0].device) if tensors[0].device.type == "cuda" else nullcontext()
-    with _as_kernel_error(kernel), on_device:
+    with _as_kernel_error(kernel), on_device, _quiet():
         # fusion said explicitly: Triton's default is about to change
         kernel[grid](*tensors, *scalars, **constants, **options, enable_fp_fusion=True)
