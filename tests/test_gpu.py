@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -22,9 +23,10 @@ from triton_bnlstm.kernels.config import Config, default_config, device_of, use_
 
 pytestmark = pytest.mark.gpu
 
-# Relative RMS over a few dozen steps, h carried in the dtype. float32: as in the interpreter, with longer sums.
-# TF32 and float16 keep 11 bits, bfloat16 8; γ = 0.1 keeps each step's rounding from growing over the steps.
-BOUNDS = {"float32": 1e-5, "tf32": 2e-3, "float16": 2e-3, "bfloat16": 1.6e-2}
+# Relative RMS over two dozen steps, h carried in the dtype. float32: as in the interpreter, with longer sums. TF32 and
+# float16 keep 11 bits, bfloat16 8: some ten roundings of 2⁻¹² and 2⁻⁹ as steps hand them on. (The reference path in
+# bfloat16, on a CPU, is off by up to 3.1e-2 in these cases, the kernels in float16 by 2.7e-3, in the interpreter.)
+BOUNDS = {"float32": 1e-5, "tf32": 5e-3, "float16": 5e-3, "bfloat16": 5e-2}
 
 
 @pytest.fixture(params=BOUNDS)
@@ -66,9 +68,12 @@ def run(layer: BNLSTM, x: Tensor, lengths=None) -> list[Tensor]:
     given = x.clone().requires_grad_()
     output, (h_n, c_n) = layer(given, lengths=lengths)
     weight = torch.linspace(-1, 1, output.shape[-1], device="cuda")
-    loss = (output.float() * weight).sum() + h_n.float().square().sum() + c_n.float().sum()
+    # a mean over rows: float16 gradients have to stay below 65,504
+    loss = ((output * weight).double().sum() + h_n.double().square().sum() + c_n.double().sum()) / output[
+        ..., 0
+    ].numel()
     gradients = torch.autograd.grad(loss, [given, *layer.parameters()])
-    return [output, h_n, c_n, *gradients, *(s for n, s in buffers(layer).items() if n != "_skipped_steps")]
+    return [output, h_n, c_n, *gradients, *buffers(layer).values()]
 
 
 SIZES = [(64, 512, 64), (100, 100, 1), (64, 1000, 50), (17, 129, 33), (256, 128, 16), (16, 2048, 64)]
@@ -93,13 +98,17 @@ def test_real_sizes(sizes, kind, training, precision):
         lengths[0] = steps
         lengths = lengths.cuda() if kind == "device" else lengths
     expected = run(exact, x.double(), lengths)
+    names = ["output", "h_n", "c_n", "x", *dict(layer.named_parameters()), *buffers(layer)]
     for name, config in modes(layer, batch, steps, dtype).items():
         with use_config(config):
             found = run(copy.deepcopy(layer), x, lengths)
         for k, (a, e) in enumerate(zip(found, expected, strict=True)):
+            assert a.isfinite().all(), names[k]
             error = (a.double() - e).norm() / e.norm().clamp_min(1e-6)
+            if columns == 1 and training and names[k].startswith("weight_ih"):
+                continue  # normalisation leaves a single column no gradient but what ε and rounding make
             # gradients pass through the rounding twice
-            assert error <= (bound if k < 3 else 5 * bound), f"{name} mode, result {k}: relative RMS {error:.2e}"
+            assert error <= (bound if k < 3 else 5 * bound), f"{name} mode, {names[k]}: relative RMS {error:.2e}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -188,10 +197,11 @@ def test_the_driver_refuses_what_we_would_let_through(monkeypatch):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one direction", "two"])
 @pytest.mark.parametrize("mode", ["sequence", "step"])
-def test_graph_capture(mode, training):
+def test_graph_capture(mode, bidirectional, training):
     """A captured forward replayed on new input equals a call; in training the running statistics advance as well."""
-    layer = real_layer(16, 256, torch.bfloat16).train(training)
+    layer = real_layer(16, 256, torch.bfloat16, bidirectional=bidirectional).train(training)
     twin = copy.deepcopy(layer)
     config = modes(layer, 64, 12, torch.bfloat16)[mode]
     x = torch.randn(12, 64, 16, device="cuda", dtype=torch.bfloat16)
@@ -216,7 +226,7 @@ def test_graph_capture(mode, training):
 
 def test_no_synchronisation():
     """A training step and an evaluation with lengths on the device never wait for it."""
-    layer = real_layer(16, 128, torch.bfloat16)
+    layer = real_layer(16, 128, torch.bfloat16, bidirectional=True)
     x = torch.randn(12, 64, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     lengths = torch.randint(1, 13, (64,), device="cuda")
     layer(x, lengths=lengths)[0].sum().backward()
@@ -232,14 +242,18 @@ def test_no_synchronisation():
 SANITIZED = """
 import torch
 from triton_bnlstm import BNLSTM
-for dtype in (torch.float32, torch.float16):
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for hidden, columns in ((33, 1), (100, 5)):
         layer = BNLSTM(columns, hidden, max_length=5, cell_norm=True, bidirectional=True, backend="triton")
         layer.to("cuda", dtype)
-        x = torch.randn(6, 37, columns, device="cuda", dtype=dtype)
-        lengths = torch.randint(1, 7, (37,))
-        layer(x, lengths=lengths)[0].float().sum().backward()
-        layer.eval()(x, lengths=lengths)
+        for batch in (37, 300):  # of one tile, and walked
+            x = torch.randn(6, batch, columns, device="cuda", dtype=dtype)
+            lengths = torch.randint(1, 7, (batch,))
+            layer.train()(x, lengths=lengths)[0].float().sum().backward()
+            layer(x, lengths=lengths.cuda())
+            layer.eval()(x, lengths=lengths)
+            with torch.no_grad():
+                layer(x)
 torch.cuda.synchronize()
 """
 
@@ -249,7 +263,9 @@ def test_compute_sanitizer():
     if tool is None:
         pytest.skip("compute-sanitizer is not installed")
     command = [tool, "--tool", "memcheck", "--error-exitcode", "7", sys.executable, "-c", SANITIZED]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+    # an allocation for each tensor: what lies beyond one tensor in torch's cache is no error to the tool
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
