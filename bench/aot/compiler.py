@@ -104,7 +104,7 @@ def _specialised(launch: Launch, target: Target) -> tuple[dict[str, str], dict[A
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     properties: dict[Any, Any] = {}
-    values = (*launch.tensors, *launch.scalars)
+    values: tuple[Any, ...] = (*launch.tensors, *launch.scalars)
     for k, parameter in enumerate(launch.kernel.params):
         if parameter.name in launch.constants:
             signature[parameter.name] = "constexpr"
@@ -116,7 +116,7 @@ def _specialised(launch: Launch, target: Target) -> tuple[dict[str, str], dict[A
             properties[(k,)] = [_ALIGNED, _BELOW_2_GB] if target.device.backend == "hip" else [_ALIGNED]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
-        elif parameter.do_not_specialize or (value != 1 and int(value) % 16):
+        elif parameter.do_not_specialize or (value != 1 and value % 16):
             signature[parameter.name] = "i32"
         elif value == 1:
             signature[parameter.name] = "constexpr"

@@ -104,8 +104,12 @@ def recurrent_product(
     """
     z = tl.zeros((column.shape[0], b.shape[0]), tl.float32)  # [4U, BB]
     if RESIDENT:
+        states = ()
+        for i in tl.static_range((H + BK - 1) // BK):  # all loads on their way before the first product waits for one
+            tile = load_state(h_ptr, b, live, i * BK, H, BK)
+            states = states + (tile,)  # type: ignore[assignment] # noqa: RUF005
         for i in tl.static_range((H + BK - 1) // BK):
-            z = multiply(resident[i], load_state(h_ptr, b, live, i * BK, H, BK), z, PRECISION, INTERPRETED)
+            z = multiply(resident[i], states[i], z, PRECISION, INTERPRETED)
     else:
         for k0 in range(0, H, BK):
             w = load_weights(w_ptr, column, owned, k0, H, BK)

@@ -10,10 +10,14 @@ from functools import lru_cache
 
 import torch
 
-# Elements [4U, BB] of a pre-activation tile: more than this spill registers with eight warps (read from SASS).
+# Elements [4U, BB] of a pre-activation tile: more than this spill registers with eight warps (read from SASS, as all
+# limits here; `python -m bench.aot` looks). Half of it where the batch is walked and where elements have four bytes.
 _MOST_TILE = 4096
-# Registers of a thread that a tile of the state may take on its way to shared memory, likewise.
-_MOST_REGISTERS_OF_STATE = 64
+# Inner extent of a product whose operands both stay: with more, a thread's addresses in shared memory stop being one
+# base and small offsets, and take the registers; in Triton 3.3 hundreds of them.
+_RESIDENT_INNER = 64
+# Registers of a thread that a whole state may take on its way to shared memory, beside half of the largest tile.
+_MOST_REGISTERS_OF_STATE = 128
 # Bytes of shared memory left to the compiler: conversions between layouts of a tile, and what it keeps for itself.
 _SPARE_SHARED = 18 * 1024
 
@@ -80,6 +84,13 @@ class Device:
         if self.capability < 80:
             return False
         return dtype != torch.float32 or precision == "tf32"
+
+    def multiplies_in_groups(self, units: int) -> bool:
+        """Whether products of 4U rows are those of four warps together: from 64 rows on, Hopper and B200.
+
+        Those take their operands from shared memory as a whole; beside a resident slice they spill.
+        """
+        return self.capability // 10 in (9, 10) and 4 * units >= 64
 
     def resident_programs(self, shared: int, registers: int, warps: int) -> int:
         """Programs that run at the same time on the whole device.
@@ -159,12 +170,16 @@ def default_config(
         return Config(units >= hidden, units, min(seats, 64), whole, False, 4, 1)
 
     matrix = device.multiplies(dtype, precision)
-    most_elements = _MOST_TILE
-    if device.backend == "hip" or not matrix:
-        most_elements //= 4 if device.backend == "hip" else 2
+    size = dtype.itemsize
 
     def tile_beside(units: int) -> int:
-        return min(seats, most_elements // (4 * units), 64 if split_batch else 128)
+        most = _MOST_TILE if matrix and size == 2 else _MOST_TILE // 2
+        if device.backend == "hip":
+            most = _MOST_TILE // 4
+        tile = min(seats, most // (4 * units), 64 if split_batch else 128)
+        if tile < batch and not split_batch:  # walked: what is carried from tile to tile needs registers too
+            tile = min(tile, _MOST_TILE // 2 // (4 * units))
+        return tile
 
     def programs(units: int) -> int:
         tiles = -(-batch // tile_beside(units)) if split_batch else 1
@@ -176,16 +191,18 @@ def default_config(
         fitting = [u for u in (units, 16, 32) if u >= units and (programs(u) <= device.multiprocessors or u >= hidden)]
         sequence, units = bool(fitting), min(fitting, default=units)
     tile = tile_beside(units)
-    warps = 8 if 4 * units * tile >= 2048 else 4
+    elements = 4 * units * tile
+    warps = 8 if elements >= _MOST_TILE // 2 else 4
 
-    size = dtype.itemsize
     room = device.shared_per_program - _SPARE_SHARED
-    one_tile = split_batch or tile >= batch
-    # on its way to shared memory a whole tile of the state passes through registers
-    through_registers = tile * whole * size // (warps * device.warp * 4)
-    fits = (4 * units + tile) * whole * size <= room and through_registers <= _MOST_REGISTERS_OF_STATE
-    if sequence and matrix and one_tile and fits:
-        return Config(True, units, tile, whole, True, warps, 1)
+    stays = (4 * units + tile) * whole * size <= room and (split_batch or tile >= batch)
+    if sequence and matrix and stays and not device.multiplies_in_groups(units):
+        # all loads of a step's state are on their way at once, through registers
+        state = tile * whole * size // (4 * device.warp)  # of all warps' threads together
+        several = warps if state <= warps * _MOST_REGISTERS_OF_STATE // 2 else 8
+        most = _MOST_REGISTERS_OF_STATE if elements < _MOST_TILE else _MOST_REGISTERS_OF_STATE // 2
+        if state <= several * most:
+            return Config(True, units, tile, min(whole, _RESIDENT_INNER), True, several, 1)
     inner = min(whole, 128 // size) if matrix else 16
     stages = max(1, min(4, room // ((4 * units + tile) * inner * size))) if matrix else 1
     return Config(sequence, units, tile, inner, False, warps, stages)
