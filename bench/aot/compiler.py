@@ -56,7 +56,7 @@ class Resources:
         shared: bytes of shared memory of a program.
         registers: of a thread; AMD: vector registers, accumulation registers included.
         stack: bytes of local memory of a thread.
-        spills: instructions that store to or load from it; AMD: registers that are spilled to it.
+        spills: instructions that store to or load from it; AMD: vector registers that are spilled.
         matrix: matrix instructions, by their first word.
         instructions: in all.
     """
@@ -91,7 +91,7 @@ def amd_resources(assembly: str, shared: int) -> Resources:
 
     opcodes = Counter(_AMDGCN.findall(assembly))
     matrix = {opcode: count for opcode, count in opcodes.items() if _MATRIX.match(opcode)}
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    spills = number("vgpr_spill_count")  # scalar ones go to vector registers, not to memory
     stack = number("private_segment_fixed_size")
     return Resources(shared, number("vgpr_count"), stack, spills, matrix, opcodes.total())
 
