@@ -1,0 +1,110 @@
+"""Kernels compiled for devices that are not here: they compile, spill nothing and use the matrix units."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.aot.checks import Request, problems, results
+from bench.aot.targets import NUMBERS, TARGETS, why_skipped
+
+pytest.importorskip("triton")
+
+# One process per target. Few kernels of each: a part of what `python -m bench.aot` compiles.
+SELECTED = ["forward/cell+seats", "inference/cell+keep", "moments/centre"]
+
+
+def compiled(target, numbers, cache, **changes):
+    request = {"variants": SELECTED, "batches": [64], "hiddens": [100, 1000], "directions": [1], **changes}
+    return list(results(Request(target, numbers, **request), cache))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target(target, tmp_path):
+    numbers = "fp16" if why_skipped(TARGETS[target], "bf16") else "bf16"
+    found = compiled(target, [numbers], tmp_path)
+    assert {result["kernel"] for result in found} >= set(SELECTED[:2])
+    assert [result["problems"] for result in found if result["problems"]] == []
+    modes = {result["mode"] for result in found if result["kernel"].startswith("forward")}
+    assert modes == ({"step"} if target.startswith("gfx") else {"sequence", "step"})
+    products = [result["resources"]["matrix"] for result in found if "PRECISION" in result["constants"]]
+    assert products
+    assert all(products) == (target != "sm75")
+
+
+@pytest.mark.parametrize("numbers", ["tf32", "fp32"])
+def test_float32(numbers, tmp_path):
+    """TF32 on matrix units; IEEE products are multiply-adds."""
+    found = compiled("sm90", [numbers], tmp_path, variants=["forward/plain"], hiddens=[512])
+    assert [result["problems"] for result in found if result["problems"]] == []
+    assert all(bool(result["resources"]["matrix"]) == (numbers == "tf32") for result in found)
+
+
+def test_a_slice_of_the_weights_stays_on_chip(tmp_path):
+    """At the size of the paper's Penn Treebank runs too: 32 of 4,000 columns in each of 125 programs."""
+    found = compiled("sm90", ["bf16"], tmp_path, variants=["forward/plain"], hiddens=[1000])
+    (sequence,) = (result for result in found if result["mode"] == "sequence")
+    assert sequence["constants"]["RESIDENT"]
+    assert sequence["problems"] == []
+    assert sequence["resources"]["shared"] > 4 * 8 * 1000 * 2
+
+
+def test_a_layout_that_spills_is_found(tmp_path):
+    layout = {"sequence": False, "units": 32, "batch_tile": 128, "inner": 64, "warps": 4, "stages": 2}
+    found = compiled(
+        "sm90", ["bf16"], tmp_path, variants=["forward/plain"], hiddens=[512], layout={**layout, "resident": False}
+    )
+    assert any("bytes of stack" in problem for result in found for problem in result["problems"])
+
+
+def test_a_layout_that_is_too_large_is_found(tmp_path):
+    layout = {"sequence": True, "units": 16, "batch_tile": 64, "inner": 1024, "warps": 8, "stages": 1}
+    found = compiled(
+        "sm86", ["bf16"], tmp_path, variants=["forward/plain"], hiddens=[1024], layout={**layout, "resident": True}
+    )
+    assert any("bytes of shared memory" in problem for result in found for problem in result["problems"])
+    assert any("have to run at the same time" in problem for result in found for problem in result["problems"])
+
+
+def good():
+    """A result without a problem."""
+    used = {"shared": 1000, "registers": 64, "stack": 0, "spills": 0, "matrix": {"HMMA": 8}, "instructions": 100}
+    constants = {"PRECISION": "ieee", "SYNC": "assert"}
+    return {
+        "target": "sm90",
+        "numbers": "bf16",
+        "resources": used,
+        "constants": constants,
+        "options": {"num_warps": 4},
+        "programs": 100,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, None),
+        ({"stack": 8}, "spills: 8 bytes"),
+        ({"spills": 1}, "spills: 0 bytes of stack, 1"),
+        ({"shared": 300_000}, "bytes of shared memory"),
+        ({"matrix": {}}, "no matrix instruction"),
+        ({"registers": 255, "shared": 200_000, "programs": 133}, "133 programs have to run at the same time, and 132"),
+    ],
+)
+def test_what_is_a_problem(change, expected):
+    result = good()
+    result["programs"] = change.pop("programs", 100)
+    result["resources"] = {**result["resources"], **change}
+    found = problems(result)
+    assert bool(found) == (expected is not None)
+    assert expected is None or expected in " ".join(found)
+
+
+def test_a_process_that_dies_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setitem(TARGETS, "sm00", TARGETS["sm90"]._replace(name="sm00"))  # which the process does not know
+    (result,) = compiled("sm00", ["bf16"], tmp_path)
+    assert "the compiling process exited with 1: KeyError: 'sm00'" in result["problems"][0]
+
+
+def test_what_is_skipped_has_a_reason():
+    skipped = {(t, n): why_skipped(TARGETS[t], n) for t in TARGETS for n in NUMBERS if why_skipped(TARGETS[t], n)}
+    assert skipped.keys() == {("sm75", "bf16"), ("sm75", "tf32"), ("gfx90a", "tf32"), ("gfx942", "tf32")}
