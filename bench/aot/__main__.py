@@ -83,55 +83,51 @@ def layout(result: dict[str, Any]) -> str:
     c, options = result["constants"], result["options"]
     if "U" not in c:
         return ", ".join(f"{name} {value}" for name, value in c.items())
-    stays = "resident" if c["RESIDENT"] else f"{options['num_stages']} stages"
-    return f"U{c['U']} BB{c['BB']} BK{c['BK']} {options['num_warps']} warps, {stays}"
+    stays = "resident" if c["RESIDENT"] else f"S{options['num_stages']}"
+    return f"U{c['U']} BB{c['BB']} BK{c['BK']} W{options['num_warps']} {stays}"
 
 
-def rows(found: list[dict[str, Any]], *, each: bool) -> list[tuple[str, ...]]:
-    """The lines of the table: a kernel's, or the largest figures of each kind."""
+def _matrix(members: list[dict[str, Any]]) -> str:
+    """Matrix instructions and how many, from the fewest to the most."""
+    counts = [sum(member["resources"]["matrix"].values()) for member in members]
+    words = {word for member in members for word in member["resources"]["matrix"]}
+    if not words:
+        return "–"
+    names = ", ".join(sorted({"mfma" if word.startswith("v_") else word for word in words}))
+    return f"{names} {counts[0]}" if min(counts) == max(counts) else f"{names} {min(counts)}…{max(counts)}"
+
+
+def _group(found: list[dict[str, Any]], *, each: bool) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+    """Kernels by target, kind and mode; (each) also by case and layout."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for result in found:
         if "resources" in result:
-            kind = [result["target"], result["numbers"], result["kernel"], result["mode"] or "–"]
+            kind = [f"{result['target']} {result['numbers']}", result["kernel"], result["mode"] or "–"]
             if each:
-                kind.append(f"B{result['batch']} H{result['hidden']} D{result['directions']}\n{layout(result)}")
+                case = f"B{result['batch']} H{result['hidden']} D{result['directions']}"
+                kind.append(f"{case}\n{layout(result)}")
             groups.setdefault(tuple(kind), []).append(result)
-    lines = []
-    for names, members in groups.items():
-        used = [member["resources"] for member in members]
-        words = sorted({word for each_used in used for word in each_used["matrix"]})
-        counts = [sum(each_used["matrix"].values()) for each_used in used]
-        matrix = f"{', '.join(words)} {min(counts)}…{max(counts)}" if words else "–"
-        if words and min(counts) == max(counts):
-            matrix = f"{', '.join(words)} {counts[0]}"
-        lines.append(
-            (
-                *names,
-                *(() if each else (str(len(members)),)),
-                f"{max(u['shared'] for u in used) / 1024:.0f}",
-                str(max(u["registers"] for u in used)),
-                str(max(u["stack"] for u in used)),
-                matrix,
-                str(max(u["instructions"] for u in used)),
-                f"{max(m['seconds'] for m in members):.1f}",
-            )
-        )
-    return lines
+    return groups
 
 
 def table(found: list[dict[str, Any]], *, each: bool) -> Any:
-    """What was found as a rich table."""
+    """What was found as a rich table; kernels of a kind share a line, with the largest figure of each."""
     from rich import box
     from rich.table import Table
 
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("Target", "Numbers", "Kernel", "Mode", *(["Case and layout"] if each else [])):
-        shown.add_column(heading, no_wrap=heading in ("Target", "Kernel"))
-    numbers = ["Kernels"] * (not each) + ["Shared\nKB", "Regi-\nsters", "Stack\nbytes"]
-    for heading in (*numbers, "Matrix\ninstructions", "Instruc-\ntions", "Compiled\nin s"):
-        shown.add_column(heading, justify="right")
-    for line in rows(found, each=each):
-        shown.add_row(*line)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    for heading in ("Target", "Kernel", "Mode"):
+        shown.add_column(heading, no_wrap=True)
+    for heading in ("n", "KB", "Regs", "Stack", "Matrix", "Instr"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for names, members in _group(found, each=each).items():
+        used = [member["resources"] for member in members]
+        largest = [str(max(u[figure] for u in used)) for figure in ("registers", "stack")]
+        shared = f"{max(u['shared'] for u in used) / 1024:.0f}"
+        instructions = str(max(u["instructions"] for u in used))
+        if each:
+            names = (names[0], f"{names[1]}\n{names[3]}", names[2])
+        shown.add_row(*names[:3], str(len(members)), shared, *largest, _matrix(members), instructions)
     return shown
 
 
@@ -160,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.out is not None and not arguments.out.resolve().parent.is_dir():
         print(f"bench.aot: --out {arguments.out}: there is no such folder", file=sys.stderr)
         return 1
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     units, skipped = [], []
     for name in arguments.targets:
         for numbers in arguments.numbers:
@@ -186,6 +182,9 @@ def main(argv: list[str] | None = None) -> int:
         found = [result for unit in pool.map(compile_unit, units) for result in unit]
 
     console.print(table(found, each=arguments.each))
+    console.print(
+        "KB of shared memory, registers of a thread, bytes of its stack; the largest of n kernels", style="dim"
+    )
     for skip in skipped:
         console.print(f"Skipped {skip['target']} {skip['numbers']}: {skip['reason']}", style="dim", highlight=False)
     bad = [result for result in found if result["problems"]]
