@@ -53,10 +53,14 @@ def test_report_tells_what_is_asked_for(monkeypatch):
     with use_backend("reference"):
         assert "backend       reference: asked for" in str(backend_report())
     monkeypatch.setenv("TRITON_BNLSTM_BACKEND", "triton")
+    assert backend_report().backend == "triton"
     if not torch.cuda.is_available():
-        assert 'ask for "triton", which raises' in backend_report().reason
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert backend_report().reason.endswith("TRITON_BNLSTM_BACKEND, in Triton's interpreter")
+        monkeypatch.delenv("TRITON_INTERPRET")
+        assert ", and raises: tensors are on the CPU" in backend_report().reason
     monkeypatch.setenv("TRITON_BNLSTM_BACKEND", "cuda")
-    assert "every call will raise: TRITON_BNLSTM_BACKEND must be one of" in backend_report().reason
+    assert "names no backend will raise: TRITON_BNLSTM_BACKEND must be one of" in backend_report().reason
 
 
 @pytest.fixture
@@ -115,8 +119,12 @@ def test_unknown_backends(where, monkeypatch):
         (lambda layer, x, patch: patch.delenv("TRITON_INTERPRET") or (layer, x), "TRITON_INTERPRET=1"),
         (lambda layer, x, patch: patch.setattr(backend, "_triton", lambda: (None, "gone")) or (layer, x), "gone"),
         (lambda layer, x, patch: patch.setattr(backend, "_interpreted", lambda: False) or (layer, x), "after the"),
+        (
+            lambda layer, x, patch: patch.setattr(backend, "_triton_interpreted", lambda: False) or (layer, x),
+            "Python st",
+        ),
     ],
-    ids=["float64", "device", "no interpreter", "no Triton", "too late"],
+    ids=["float64", "device", "no interpreter", "no Triton", "too late", "far too late"],
 )
 def test_a_backend_that_cannot_run_raises_instead_of_falling_back(change, match, ran, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -131,6 +139,29 @@ def pretend_gpu(monkeypatch, reason=None):
     """A CPU that auto takes for a GPU."""
     monkeypatch.setattr(dispatch, "why_no_kernels", lambda device, dtype: reason)
     monkeypatch.setattr(dispatch, "KERNEL_DEVICES", ("cpu",))
+
+
+def test_a_backend_set_to_nonsense_later():
+    layer = BNLSTM(3, 4, max_length=5)
+    layer.backend = "Reference"
+    with pytest.raises(ValueError, match="backend must be one of"):
+        layer(torch.randn(3, 2, 3))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("chosen", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("gamma_hh_l0", (3,)), ("gamma_hh_l0", (1,)), ("weight_hh_l0", (8, 4)), ("weight_ih_l0", (16, 2))],
+)
+def test_a_parameter_of_another_shape_is_refused(name, shape, chosen, training, ran):
+    """A kernel would read beyond its end."""
+    layer = BNLSTM(3, 4, max_length=5, backend=chosen).train(training)
+    setattr(layer, name, torch.nn.Parameter(torch.ones(shape)))
+    with pytest.raises(ValueError, match=name):
+        layer(torch.randn(3, 2, 3))
+    assert ran == []
+    assert (layer.count_hh_l0 == 0).all()
 
 
 def test_auto_takes_the_kernels_where_they_run(ran, monkeypatch):

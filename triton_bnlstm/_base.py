@@ -326,7 +326,14 @@ class BNLSTMBase(nn.Module):
                         h = torch.randn_like(h) * self.initial_noise
                 problem = Problem(packing, populations[place], self.input_stats == "time", self.eps)
                 turned = x if direction == 0 or mirrored is None else x.index_select(0, mirrored)
-                calls.append(Call(turned, h, c, self._parameters_of(suffix), problem))
+                parameters = self._parameters_of(suffix)
+                functional.check_parameters(parameters, "", suffix)
+                if parameters.weight_ih.shape[1] != x.shape[1] or parameters.weight_hh.shape[1] != self.hidden_size:
+                    shapes = [tuple(w.shape) for w in parameters[:2]]
+                    raise ValueError(
+                        f"weight_ih{suffix} {shapes[0]} and weight_hh{suffix} {shapes[1]} are not the layer's"
+                    )
+                calls.append(Call(turned, h, c, parameters, problem))
             outputs = []
             for direction, ran in enumerate(run(calls, backend)):
                 outputs.append(ran.rows if direction == 0 or mirrored is None else ran.rows.index_select(0, mirrored))

@@ -41,7 +41,7 @@ def requested_backend(argument: str | None) -> str:
         ValueError: the environment variable names no backend.
     """
     if argument is not None:
-        return argument
+        return checks.choice("backend", argument, BACKENDS)
     return _chosen.get() or checks.choice(_VARIABLE, os.environ.get(_VARIABLE) or "auto", BACKENDS)
 
 
@@ -61,7 +61,10 @@ def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels compute in float32, bfloat16 and float16, not in {dtype}".replace("torch.", "")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "tensors are on the CPU, where the kernels run in Triton's interpreter only (TRITON_INTERPRET=1)"
+        return (
+            "tensors are on the CPU, where the kernels run in Triton's interpreter only: "
+            "set TRITON_INTERPRET=1 before Python starts"
+        )
     version, reason = _triton()
     if version is None:
         return f"Triton cannot be imported ({reason})"
@@ -77,9 +80,17 @@ def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the kernels cannot be imported ({type(error).__name__}: {error})"
     if interpreted and device.type == "cuda":
         return "TRITON_INTERPRET=1 was set when the kernels were imported"
+    if interpreted and not _triton_interpreted():
+        return "TRITON_INTERPRET=1 was set after Triton had been imported; set it before Python starts"
     if not interpreted and device.type == "cpu":
         return "TRITON_INTERPRET=1 was set after the kernels had been imported"
     return None
+
+
+def _triton_interpreted() -> bool:
+    """Whether Triton's own library is that of the interpreter: optimisers of torch's import it too, maybe earlier."""
+    triton = importlib.import_module("triton")
+    return not isinstance(triton.language.cdiv, triton.runtime.JITFunction)
 
 
 def _interpreted() -> bool:
@@ -129,11 +140,12 @@ def backend_report() -> BackendReport:
     try:
         requested = requested_backend(None)
     except ValueError as error:
-        requested, why = "auto", f"{why}; but every call will raise: {error}"
-    if requested == "reference" or (requested == "triton" and backend == "triton"):
+        requested, why = "auto", f"{why}; but every call that names no backend will raise: {error}"
+    if requested != "auto":
         backend, why = requested, f"asked for by use_backend or {_VARIABLE}"
-    elif requested == "triton":
-        why = f'{why}; but use_backend or {_VARIABLE} ask for "triton", which raises where the kernels cannot run'
+    if requested == "triton" and count == 0:
+        why_not = why_no_kernels(torch.device("cpu"), torch.float32)
+        why += ", in Triton's interpreter" if why_not is None else f", and raises: {why_not}"
     return BackendReport(
         version=__version__,
         torch=torch.__version__,

@@ -132,7 +132,7 @@ def bn_lstm(
     if prior_count is not None:
         checks.real("prior_count", prior_count, minimum=0)
     checks.integer("start", start, 0)
-    _check_parameters(parameters)
+    check_parameters(parameters)
     like = parameters.weight_hh
     hidden = like.shape[1]
     _check_statistics(statistics, parameters, input_stats)
@@ -181,20 +181,28 @@ def check_lengths(
     return checks.lengths_of_batch(lengths, input.shape[time], batch_of(input, batch_first), input.device)
 
 
-def _check_parameters(parameters: Parameters) -> None:
+def check_parameters(parameters: Parameters, prefix: str = "parameters.", suffix: str = "") -> None:
+    """Shapes, dtypes and devices of parameters against each other; messages name them prefix + name + suffix.
+
+    Kernels read by shape: a parameter that somebody has replaced by a smaller one would be read beyond its end.
+    """
     weight_ih, weight_hh, bias, gamma_ih, gamma_hh, gamma_c, beta_c = parameters
+
+    def called(name: str) -> str:
+        return f"{prefix}{name}{suffix}"
+
     for name, weight in (("weight_ih", weight_ih), ("weight_hh", weight_hh)):
         if not isinstance(weight, Tensor):
-            raise TypeError(f"parameters.{name} must be a tensor, got {type(weight).__name__}")
+            raise TypeError(f"{called(name)} must be a tensor, got {type(weight).__name__}")
         if weight.dim() != 2:
-            raise ValueError(f"parameters.{name} must be 2-D, got {tuple(weight.shape)}")
+            raise ValueError(f"{called(name)} must be 2-D, got {tuple(weight.shape)}")
     if not weight_hh.is_floating_point():
-        raise TypeError(f"parameters.weight_hh must have a floating dtype, got {weight_hh.dtype}")
+        raise TypeError(f"{called('weight_hh')} must have a floating dtype, got {weight_hh.dtype}")
     hidden = weight_hh.shape[1]
-    checks.tensor("parameters.weight_hh", weight_hh, (4 * hidden, hidden), weight_hh)
-    checks.tensor("parameters.weight_ih", weight_ih, (4 * hidden, weight_ih.shape[1]), weight_hh)
+    checks.tensor(called("weight_hh"), weight_hh, (4 * hidden, hidden), weight_hh)
+    checks.tensor(called("weight_ih"), weight_ih, (4 * hidden, weight_ih.shape[1]), weight_hh)
     if (gamma_c is None) != (beta_c is None):
-        raise ValueError("parameters: gamma_c and beta_c come together or not at all")
+        raise ValueError(f"{prefix.rstrip('.') or 'layer'}: gamma_c and beta_c come together or not at all")
     for name, vector, size in (
         ("bias", bias, 4 * hidden),
         ("gamma_ih", gamma_ih, 4 * hidden),
@@ -203,7 +211,7 @@ def _check_parameters(parameters: Parameters) -> None:
         ("beta_c", beta_c, hidden),
     ):
         if vector is not None or name.startswith(("gamma_ih", "gamma_hh")):
-            checks.tensor(f"parameters.{name}", vector, (size,), weight_hh)
+            checks.tensor(called(name), vector, (size,), weight_hh)
 
 
 def _check_statistics(statistics: Statistics, parameters: Parameters, input_stats: str) -> None:
