@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests.oracle import Oracle, Slot
 from triton_bnlstm import BNLSTM
 from triton_bnlstm._base import BNLSTMBase
+
+
+def need_kernels() -> None:
+    """Skip what follows, a test or a module, where there is no Triton, or an interpreter that cannot run a loop."""
+    triton = pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        return
+    numpy = pytest.importorskip("numpy")
+    old, new = (tuple(int(n) for n in module.__version__.split(".")[:2]) for module in (triton, numpy))
+    if old < (3, 7) and new >= (2, 4):
+        pytest.skip(f"Triton {triton.__version__}'s interpreter needs NumPy < 2.4", allow_module_level=True)
 
 
 def randomise(layer: BNLSTMBase, seed: int = 0, seen: bool = True) -> None:

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from tests.support import need_kernels
 from triton_bnlstm import BNLSTM, __version__, backend, backend_report, dispatch, use_backend
 
 WITHOUT_TRITON = """
@@ -66,7 +67,7 @@ def test_report_tells_what_is_asked_for(monkeypatch):
 @pytest.fixture
 def ran(monkeypatch):
     """Names of the paths that layers took, in order."""
-    pytest.importorskip("triton")
+    need_kernels()
     from triton_bnlstm import bptt, fused
 
     names: list[str] = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.oracle import learnt
-from tests.support import CLOSE, make_layer, oracle_of
+from tests.support import CLOSE, make_layer, need_kernels, oracle_of
 from triton_bnlstm import reference
 from triton_bnlstm.packing import Packing
 from triton_bnlstm.reference import Problem
@@ -49,7 +49,7 @@ def test_a_large_input_mean_costs_no_accuracy(dtype, offset, bound, kind, input_
             Packing, "of_host_lengths", lambda steps, lengths, device: Packing.of_device_lengths(steps, lengths)
         )
     if way == "kernels":
-        pytest.importorskip("triton")
+        need_kernels()
         if dtype == torch.bfloat16 and not torch.cuda.is_available():
             pytest.skip("the interpreter truncates to bfloat16")
     lengths = LENGTHS[kind]
@@ -142,7 +142,7 @@ def test_a_shift_of_the_input_changes_nothing_without_a_population(input_stats):
 @pytest.mark.parametrize("offset", [0, 30, 1e3, 1e5])
 def test_one_column_with_a_large_mean_on_the_kernels(offset, input_stats):
     """W_ih x is never made there: its moments come from x, and so does what rounding x's mean leaves of it."""
-    pytest.importorskip("triton")
+    need_kernels()
     layer = make_layer(1, 5, dtype=torch.float32, input_stats=input_stats, backend="triton")
     exact = make_layer(1, 5, input_stats=input_stats)
     exact.load_state_dict(layer.state_dict())

@@ -11,10 +11,10 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from tests.kernel_cases import DEVICE, FLOAT32, close, kernel_layer, step_mode
-from tests.support import assert_same_buffers, buffers
+from tests.support import assert_same_buffers, buffers, need_kernels
 from triton_bnlstm import use_backend
 
-pytest.importorskip("triton")
+need_kernels()
 
 import triton
 import triton.language as tl

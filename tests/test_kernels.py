@@ -25,10 +25,10 @@ from tests.kernel_cases import (
     one_program,
     step_mode,
 )
-from tests.support import buffers, oracle_of
+from tests.support import buffers, need_kernels, oracle_of
 from triton_bnlstm.kernels.config import Config, use_config
 
-pytest.importorskip("triton")
+need_kernels()
 pytestmark = pytest.mark.usefixtures("bands")
 
 

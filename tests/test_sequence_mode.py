@@ -14,12 +14,13 @@ from functools import cache
 import pytest
 import torch
 
-pytest.importorskip("triton")
+from tests.support import make_layer, need_kernels
+
+need_kernels()
 
 import triton.language as tl
 
 from tests.concurrent import ProgramsError, program_place, programs_at_once
-from tests.support import make_layer
 from triton_bnlstm.kernels import forward, inference, launch
 from triton_bnlstm.kernels.config import Config, use_config
 

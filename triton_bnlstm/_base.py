@@ -329,10 +329,8 @@ class BNLSTMBase(nn.Module):
                 parameters = self._parameters_of(suffix)
                 functional.check_parameters(parameters, "", suffix)
                 if parameters.weight_ih.shape[1] != x.shape[1] or parameters.weight_hh.shape[1] != self.hidden_size:
-                    shapes = [tuple(w.shape) for w in parameters[:2]]
-                    raise ValueError(
-                        f"weight_ih{suffix} {shapes[0]} and weight_hh{suffix} {shapes[1]} are not the layer's"
-                    )
+                    shapes = f"{tuple(parameters.weight_ih.shape)} and {tuple(parameters.weight_hh.shape)}"
+                    raise ValueError(f"weight_ih{suffix} and weight_hh{suffix} {shapes} are not of this layer's size")
                 calls.append(Call(turned, h, c, parameters, problem))
             outputs = []
             for direction, ran in enumerate(run(calls, backend)):
