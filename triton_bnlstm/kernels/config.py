@@ -11,7 +11,8 @@ from functools import lru_cache
 import torch
 
 # Elements [4U, BB] of a pre-activation tile: more than this spill registers with eight warps (read from SASS, as all
-# limits here; `python -m bench.aot` looks). Half of it where the batch is walked and where elements have four bytes.
+# limits here; `python -m bench.aot` looks). Half of it where the batch is walked and for elements of four bytes,
+# a quarter on AMD.
 _MOST_TILE = 4096
 # Inner extent of a product whose operands both stay: with more, a thread's addresses in shared memory stop being one
 # base and small offsets, and take the registers; in Triton 3.3 hundreds of them.
@@ -192,7 +193,7 @@ def default_config(
         sequence, units = bool(fitting), min(fitting, default=units)
     tile = tile_beside(units)
     elements = 4 * units * tile
-    warps = 8 if elements >= _MOST_TILE // 2 else 4
+    warps = 8 if elements >= _MOST_TILE // 2 or units > 8 else 4
 
     room = device.shared_per_program - _SPARE_SHARED
     stays = (4 * units + tile) * whole * size <= room and (split_batch or tile >= batch)

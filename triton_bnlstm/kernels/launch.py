@@ -290,9 +290,10 @@ def launch_options(config: Config, sync: str) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
     if sync in ("assert", "drain"):
         options["launch_cooperative_grid"] = True  # all programs at once, or an error
-        # A multiprocessor has one program: without this ptxas saves registers for a second one, which it pays for with
-        # loads that wait for each other.
-        options["maxnreg"] = min(255, 65536 // (32 * config.warps))
+        if config.resident:
+            # A multiprocessor has one program. ptxas does not know, and saves registers for a second one: loads of the
+            # state would wait for each other.
+            options["maxnreg"] = min(255, 65536 // (32 * config.warps))
     if sync == "assert":
         options |= _ASSERTING
     return options
