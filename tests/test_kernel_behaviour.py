@@ -228,3 +228,17 @@ def test_forward_mode_derivatives_are_refused():
         x = forward_ad.make_dual(torch.randn(3, 4, 2, device=DEVICE), torch.ones(3, 4, 2, device=DEVICE))
         with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
             layer(x)
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 5, 3, 2]], ids=["equal", "ragged"])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_step_that_is_not_finite_reaches_no_earlier_one(columns, lengths):
+    layer = kernel_layer(columns, 4, cell_norm=True)
+    twin = copy.deepcopy(layer)
+    twin.backend = "reference"
+    x = torch.randn(5, 4, columns, device=DEVICE)
+    x[4, 0] = math.inf
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        found, expected = ((model(x, lengths=lengths)[0], model.eval())[0] for model in (layer, twin))
+    close("first steps", found[:4], expected[:4].cpu().double(), FLOAT32)
+    assert not found[4].isfinite().any(1)[0]

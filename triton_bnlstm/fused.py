@@ -108,12 +108,13 @@ def _train_input(
         x = _project(centred, parameters)
         mean, var = launch.moments(x, rows)
 
-    # W_ih x̄ in two parts: that of the mean of all rows, which may be large, and each step's distance from it.
+    # W_ih x̄ in two parts: that of the mean of all rows, which may be large and is one row, so that float64 can be
+    # afforded, and each step's distance from it. A step that is not finite stays the only one.
     count = problem.packing.count
     weights = (count / count.sum()).float()[:, None]
-    middle = (weights * x_mean).sum(1, keepdim=True)  # [dirs, 1, D]
+    middle = (weights * x_mean.nan_to_num(0.0, 0.0, 0.0)).sum(1, keepdim=True)  # [dirs, 1, D]
     offset = _product_of_means(x_mean - middle, parameters)
-    large = torch.bmm(middle.double(), _stack([p.weight_ih for p in parameters]).double().mT)  # a row: it costs nothing
+    large = torch.bmm(middle.double(), _stack([p.weight_ih for p in parameters]).double().mT)
     if problem.over_time:
         own = [Moments(m, v, count) for m, v in zip((mean + offset + large).float(), var, strict=True)]
         relative = mean
