@@ -189,7 +189,8 @@ def default_config(
     sequence, units = False, 4 if hidden <= 4 else 8
     if steps > 1 and device.backend == "cuda" and device.capability >= 70:
         # as many programs as there are multiprocessors can meet; one that holds its recurrence alone meets nobody
-        fitting = [u for u in (units, 16, 32) if u >= units and (programs(u) <= device.multiprocessors or u >= hidden)]
+        tried = (units, 16, 32) if matrix else (units, 16)  # code without matrix units is long enough at 16
+        fitting = [u for u in tried if u >= units and (programs(u) <= device.multiprocessors or u >= hidden)]
         sequence, units = bool(fitting), min(fitting, default=units)
     tile = tile_beside(units)
     elements = 4 * units * tile
@@ -205,7 +206,9 @@ def default_config(
         if state <= several * most:
             return Config(True, units, tile, min(whole, _RESIDENT_INNER), True, several, 1)
     inner = min(whole, 128 // size) if matrix else 16
-    stages = max(1, min(4, room // ((4 * units + tile) * inner * size))) if matrix else 1
+    # beside the largest tile a deeper pipeline is unrolled so far that its addresses spill
+    deepest = (4 if elements < _MOST_TILE else 2) if matrix else 1
+    stages = max(1, min(deepest, room // ((4 * units + tile) * inner * size)))
     return Config(sequence, units, tile, inner, False, warps, stages)
 
 
