@@ -206,8 +206,8 @@ def default_config(
         if state <= several * most:
             return Config(True, units, tile, min(whole, _RESIDENT_INNER), True, several, 1)
     inner = min(whole, 128 // size) if matrix else 16
-    # beside the largest tile, or a tall one that is walked, a deeper pipeline is unrolled until its addresses spill
-    crowded = elements >= _MOST_TILE or (units > 8 and tile < batch and not split_batch)
+    # beside the largest tile, or where the batch is walked, a deeper pipeline is unrolled until its addresses spill
+    crowded = elements >= _MOST_TILE or (tile < batch and not split_batch)
     deepest = (2 if crowded else 4) if matrix else 1
     stages = max(1, min(deepest, room // ((4 * units + tile) * inner * size)))
     return Config(sequence, units, tile, inner, False, warps, stages)
