@@ -22,6 +22,8 @@ def compiled(target, numbers, cache, **changes):
 def test_every_target(target, tmp_path):
     numbers = "fp16" if why_skipped(TARGETS[target], "bf16") else "bf16"
     found = compiled(target, [numbers], tmp_path)
+    if "skipped" in found[0]:
+        pytest.skip(found[0]["skipped"])
     assert {result["kernel"] for result in found} >= set(SELECTED[:2])
     assert [result["problems"] for result in found if result["problems"]] == []
     modes = {result["mode"] for result in found if result["kernel"].startswith("forward")}
@@ -103,6 +105,63 @@ def test_a_process_that_dies_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(TARGETS, "sm00", TARGETS["sm90"]._replace(name="sm00"))  # which the process does not know
     (result,) = compiled("sm00", ["bf16"], tmp_path)
     assert "the compiling process exited with 1: KeyError: 'sm00'" in result["problems"][0]
+
+
+def test_an_error_of_triton_is_a_problem(tmp_path):
+    """It tells the reason, not the outermost call."""
+    layout = {"sequence": False, "units": 1 << 19, "batch_tile": 16, "inner": 16, "warps": 4, "stages": 1}
+    layout |= {"resident": False}  # a tile of 2²⁵ elements; Triton's largest has 2²⁰
+    found = compiled("sm90", ["bf16"], tmp_path, variants=["forward/plain"], hiddens=[8], layout=layout)
+    assert "exceeds triton maximum tensor numel" in found[0]["problems"][0]
+
+
+SASS = """
+\t.headerflags\t@"EF_CUDA_TEXMODE_UNIFIED"
+.text.forward_kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR6][R2.64] ;
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0030*/             @!UP1 UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8] ;
+        /*0040*/                   STL [R1+0x4], R5 ;
+        /*0050*/               @P2 LDL.LU R5, [R1+0x4] ;
+.L_x_1:
+        /*0060*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+        /*0070*/                   BRA `(.L_x_1) ;
+"""
+USAGE = "Function forward_kernel:\n  REG:168 STACK:8 SHARED:0 LOCAL:0 CONSTANT[0]:520 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
+
+
+def test_resources_of_nvidia_machine_code():
+    from bench.aot.compiler import nvidia_resources
+
+    found = nvidia_resources(USAGE, SASS, 73_728)
+    assert (found.shared, found.registers, found.stack, found.spills, found.instructions) == (73_728, 168, 8, 2, 8)
+    assert found.matrix == {"HMMA": 1, "UTCHMMA": 1, "HGMMA": 1}
+    with pytest.raises(ValueError, match="no resource usage"):
+        nvidia_resources("cuobjdump: not a cubin", SASS, 0)
+
+
+AMDGCN = """
+forward_kernel:
+\ts_load_dwordx2 s[2:3], s[0:1], 0x0
+\tv_mfma_f32_32x32x8_bf16 v[0:15], v[16:17], v[18:19], v[0:15]
+\tscratch_store_dword off, v1, s32
+\ts_endpgm
+    .private_segment_fixed_size: 24
+    .sgpr_spill_count: 7
+    .vgpr_count:     256
+    .vgpr_spill_count: 5
+"""
+
+
+def test_resources_of_amd_assembly():
+    from bench.aot.compiler import amd_resources
+
+    found = amd_resources(AMDGCN, 8192)
+    assert (found.shared, found.registers, found.stack, found.spills, found.instructions) == (8192, 256, 24, 5, 4)
+    assert found.matrix == {"v_mfma_f32_32x32x8_bf16": 1}
+    with pytest.raises(ValueError, match=r"no \.vgpr_spill_count"):
+        amd_resources(AMDGCN.replace("vgpr_spill_count", "gone"), 0)
 
 
 def test_what_is_skipped_has_a_reason():

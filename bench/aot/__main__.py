@@ -180,6 +180,12 @@ def main(argv: list[str] | None = None) -> int:
 
     with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(arguments.jobs) as pool:
         found = [result for unit in pool.map(compile_unit, units) for result in unit]
+    skipped += [  # what only the compiler knew
+        {"target": result["target"], "numbers": result["numbers"], "reason": result["skipped"]}
+        for result in found
+        if "skipped" in result
+    ]
+    found = [result for result in found if "skipped" not in result]
 
     console.print(table(found, each=arguments.each))
     console.print(

@@ -41,6 +41,8 @@ class Request:
 
 def problems(result: dict[str, Any]) -> list[str]:
     """What is wrong with a kernel; nothing if it is as it should be."""
+    if "skipped" in result:
+        return []
     if "error" in result:
         return [result["error"]]
     target, used = TARGETS[result["target"]], result["resources"]

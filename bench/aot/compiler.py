@@ -7,6 +7,7 @@ cannot handle may abort its process; whoever started this one then knows which k
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -168,9 +169,25 @@ def description(launch: Launch, target: Target, numbers: str) -> dict[str, Any]:
     }
 
 
+def why_no_compiler(target: Target) -> str | None:
+    """Why this Triton cannot compile for a target to the end; None if it can."""
+    if target.device.backend == "hip":
+        backend = importlib.import_module("triton.backends.amd.compiler").HIPBackend
+        try:
+            getattr(backend, "path_to_rocm_lld", str)()  # later ones link themselves
+        except Exception as error:  # it raises no class of its own
+            return str(error)
+    return None
+
+
 def run(request: Request) -> None:
     """Compile everything that is asked for, each different kernel once."""
     target = TARGETS[request.target]
+    reason = why_no_compiler(target)
+    if reason is not None:
+        what = {"target": target.name, "numbers": ",".join(request.numbers)}
+        print(json.dumps({**what, "skipped": f"Triton {triton.__version__}: {reason}"}), flush=True)
+        return
     seen = set()
     layout = nullcontext() if request.layout is None else use_config(Config(**request.layout))
     with layout:
@@ -192,7 +209,10 @@ def _report(launch: Launch, target: Target, numbers: str) -> None:
         seconds = time.perf_counter() - began
         result: dict[str, Any] = {"resources": asdict(read_resources(kernel, target)), "seconds": seconds}
     except Exception as error:  # whatever a compiler may raise: it is what is looked for
-        result = {"error": f"{type(error).__name__}: {error}"}
+        deepest: BaseException = error
+        while deepest.__cause__ is not None:  # Triton's outermost error shows a call, the innermost one the reason
+            deepest = deepest.__cause__
+        result = {"error": f"{type(deepest).__name__}: {deepest}"}
     print(json.dumps({**what, **result}), flush=True)
 
 
