@@ -26,6 +26,10 @@ def _tell_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
+def _tell(message: str) -> None:
+    _tell_once(f"triton_bnlstm: {message}")
+
+
 def _why_not_these(calls: list[Call]) -> str | None:
     """What these calls ask for that no kernel gives."""
     if getattr(forward_ad, "_current_level", -1) < 0:
@@ -43,8 +47,10 @@ def _case(calls: list[Call]) -> tuple[object, ...]:
     return p.weight_hh.device, p.weight_hh.dtype, *shapes, p.gamma_c is None, problem.frozen, problem.population is None
 
 
-def run(calls: list[Call], backend: str | None) -> list[Ran]:
+def run(calls: list[Call], backend: str | None, save: str = "preactivations") -> list[Ran]:
     """All directions of one layer on the backend that is asked for; they share device, dtype and packing.
+
+    save: what kernels keep for their backward; see `BNLSTM`.
 
     Raises:
         RuntimeError: backend="triton", and the kernels cannot run this.
@@ -63,11 +69,17 @@ def run(calls: list[Call], backend: str | None) -> list[Ran]:
         elif wanted:
             case = _case(calls)
             if requested == "triton" or case not in _failed:
-                try:
-                    return list(importlib.import_module("triton_bnlstm.fused").layer(calls))
-                except KernelError as error:
-                    if requested == "triton" or explicit_config() is not None:
-                        raise
+                only_kernels = requested == "triton"
+                fused = importlib.import_module("triton_bnlstm.fused")
+
+                def failed(error: KernelError) -> None:
                     _failed.add(case)
                     _tell_once(f"triton_bnlstm runs on the reference path: a kernel could not run here ({error})")
+
+                try:
+                    return list(fused.layer(calls, fused.Options(save, only_kernels, _tell, failed)))
+                except KernelError as error:
+                    if only_kernels or explicit_config() is not None:
+                        raise
+                    failed(error)
     return [bptt.layer(call) for call in calls]

@@ -144,7 +144,7 @@ def with_phantom_rows(own: Pair, population: Pair, weight: Tensor) -> Pair:
     return own[0] - pull, var
 
 
-def _input_mean(x: Tensor, problem: Problem) -> Tensor:
+def input_mean(x: Tensor, problem: Problem) -> Tensor:
     """x̄ in the accumulation dtype: mean of each step's valid rows [T, D], or [1, D] over sequences.
 
     Any constant near the mean would do: results do not depend on it but for rounding, so it has no gradient.
@@ -229,7 +229,7 @@ def _use_input_statistics(
 
 def project_input(x: Tensor, weight_ih: Tensor, problem: Problem) -> tuple[Tensor, Used, Moments | None]:
     """z_x of all rows [R, 4H] in the accumulation dtype, the statistics that normalise it, and the batch's moments."""
-    x_mean = None if problem.frozen else _input_mean(x, problem)
+    x_mean = None if problem.frozen else input_mean(x, problem)
     if x_mean is not None:
         x = centre(x, x_mean, problem.packing)
         if problem.packing.mask is not None:

@@ -22,35 +22,45 @@ def owned_columns(U: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def load_weights(w_ptr, column, owned, k0, H: tl.constexpr, BK: tl.constexpr):
-    """Columns k0..k0+BK of the rows `column` of W_hh [4H, H] → [4U, BK], zero where there is none."""
+def load_weights(w_ptr, row, exists, k0, WIDTH: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr):
+    """Columns k0..k0+BK of the rows `row` [M] of a matrix [·, WIDTH] → [M, BK], zero where there is none."""
     k = k0 + tl.arange(0, BK)  # [BK]
-    rows = w_ptr + column.to(tl.int64)[:, None] * H  # [4U, 1]
-    if H % BK == 0:
-        return tl.load(rows + k[None, :], mask=owned[:, None], other=0.0)
-    return tl.load(rows + k[None, :], mask=owned[:, None] & (k < H)[None, :], other=0.0)
+    rows = w_ptr + row.to(tl.int64)[:, None] * WIDTH  # [M, 1]
+    if EXACT:
+        return tl.load(rows + k[None, :], mask=exists[:, None], other=0.0)
+    return tl.load(rows + k[None, :], mask=exists[:, None] & (k < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def load_slice(w_ptr, column, owned, H: tl.constexpr, BK: tl.constexpr, RESIDENT: tl.constexpr):
-    """With RESIDENT the program's whole slice of W_hh as a tuple of tiles [4U, BK], else an empty one."""
+def load_slice(
+    w_ptr,
+    row,
+    exists,
+    first,
+    WIDTH: tl.constexpr,
+    EXTENT: tl.constexpr,
+    BK: tl.constexpr,
+    EXACT: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    """With RESIDENT what `product` reads of the matrix, as a tuple of tiles [M, BK]; else an empty one."""
     tiles = ()
     if RESIDENT:
-        for i in tl.static_range((H + BK - 1) // BK):
-            tile = load_weights(w_ptr, column, owned, i * BK, H, BK)
+        for i in tl.static_range((EXTENT + BK - 1) // BK):
+            tile = load_weights(w_ptr, row, exists, first + i * BK, WIDTH, BK, EXACT)
             tiles = tiles + (tile,)  # type: ignore[assignment] # noqa: RUF005  # Triton knows no starred tuple
     return tiles
 
 
 @triton.jit
-def load_state(h_ptr, b, live, k0, H: tl.constexpr, BK: tl.constexpr):
-    """Hᵀ: units k0..k0+BK of the rows b of a state [·, H] → [BK, BB], zero in rows that are not live."""
+def load_state(h_ptr, b, live, k0, WIDTH: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr):
+    """Columns k0..k0+BK of the rows b of [·, WIDTH], transposed → [BK, BB], zero in rows that are not live."""
     k = k0 + tl.arange(0, BK)  # [BK]
-    rows = h_ptr + b.to(tl.int64)[None, :] * H  # [1, BB]
+    rows = h_ptr + b.to(tl.int64)[None, :] * WIDTH  # [1, BB]
     # .cg: other programs wrote these rows, and nobody reads them twice: past the L1 cache, where the copy allows it
-    if H % BK == 0:
+    if EXACT:
         return tl.load(rows + k[:, None], mask=live[None, :], other=0.0, cache_modifier=".cg")
-    return tl.load(rows + k[:, None], mask=live[None, :] & (k < H)[:, None], other=0.0, cache_modifier=".cg")
+    return tl.load(rows + k[:, None], mask=live[None, :] & (k < WIDTH)[:, None], other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -83,37 +93,45 @@ def multiply(w, h, z, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def recurrent_product(
+def product(
     h_ptr,
     w_ptr,
     resident,
-    column,
-    owned,
+    row,
+    exists,
     b,
     live,
-    H: tl.constexpr,
+    first,
+    WIDTH: tl.constexpr,
+    EXTENT: tl.constexpr,
     BK: tl.constexpr,
+    EXACT: tl.constexpr,
     RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """W_hh h for this program's columns and the rows b of the state at h_ptr → z [4U, BB] float32.
+    """Rows `row` [M] of a matrix [·, WIDTH] times the rows b of h [·, WIDTH], over columns first..first+EXTENT.
 
-    resident: with RESIDENT the whole slice of W_hh as a tuple of tiles [4U, BK], loaded before the first step; else
-        anything, and the slice is streamed from w_ptr.
+    resident: with RESIDENT what `load_slice` gave, loaded before the first step; else anything, and the matrix is
+        streamed from w_ptr.
+    EXACT: all parts of BK columns are within WIDTH.
+
+    Returns:
+        [M, BB] float32.
     """
-    z = tl.zeros((column.shape[0], b.shape[0]), tl.float32)  # [4U, BB]
+    z = tl.zeros((row.shape[0], b.shape[0]), tl.float32)  # [M, BB]
     if RESIDENT:
         states = ()
-        for i in tl.static_range((H + BK - 1) // BK):  # all loads on their way before the first product waits for one
-            tile = load_state(h_ptr, b, live, i * BK, H, BK)
+        for i in tl.static_range((EXTENT + BK - 1) // BK):  # all loads on their way before a product waits for one
+            tile = load_state(h_ptr, b, live, first + i * BK, WIDTH, BK, EXACT)
             states = states + (tile,)  # type: ignore[assignment] # noqa: RUF005
-        for i in tl.static_range((H + BK - 1) // BK):
+        for i in tl.static_range((EXTENT + BK - 1) // BK):
             z = multiply(resident[i], states[i], z, PRECISION, INTERPRETED)
     else:
-        for k0 in range(0, H, BK):
-            w = load_weights(w_ptr, column, owned, k0, H, BK)
-            z = multiply(w, load_state(h_ptr, b, live, k0, H, BK), z, PRECISION, INTERPRETED)
+        for k0 in range(0, EXTENT, BK):
+            w = load_weights(w_ptr, row, exists, first + k0, WIDTH, BK, EXACT)
+            h = load_state(h_ptr, b, live, first + k0, WIDTH, BK, EXACT)
+            z = multiply(w, h, z, PRECISION, INTERPRETED)
     return z
 
 

@@ -13,14 +13,14 @@ import torch
 # Elements [4U, BB] of a pre-activation tile: more than this spill registers with eight warps (read from SASS, as all
 # limits here; `python -m bench.aot` looks). Half of it where the batch is walked and for elements of four bytes,
 # a quarter on AMD.
-_MOST_TILE = 4096
+MOST_TILE = 4096
 # Inner extent of a product whose operands both stay: with more, a thread's addresses in shared memory stop being one
 # base and small offsets, and take the registers; in Triton 3.3 hundreds of them.
-_RESIDENT_INNER = 64
+RESIDENT_INNER = 64
 # Registers of a thread that a whole state may take on its way to shared memory, beside half of the largest tile.
-_MOST_REGISTERS_OF_STATE = 128
+MOST_REGISTERS_OF_STATE = 128
 # Bytes of shared memory left to the compiler: conversions between layouts of a tile, and what it keeps for itself.
-_SPARE_SHARED = 18 * 1024
+SPARE_SHARED = 18 * 1024
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,50 @@ class Config:
                 raise ValueError(f"{name} must be a power of two and at least {least}, got {value}")
         if self.stages < 1:
             raise ValueError(f"stages must be at least 1, got {self.stages}")
+
+    @property
+    def product_rows(self) -> int:
+        """Rows of the product that a program makes in a step: its gate columns."""
+        return 4 * self.units
+
+
+@dataclass(frozen=True)
+class BackwardConfig(Config):
+    """Layout of one launch of the recurrence's backward.
+
+    Attributes:
+        splits: parts into which the inner extent 4H of the product W_hhᵀ dz is divided, a power of two.
+        groups: parts into which its rows are divided, a power of two. Where splits·groups is more than 1, programs
+            meet twice in a step, and a product has units·splits·groups rows.
+    """
+
+    splits: int = 1
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("splits", "groups"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, got {value}")
+
+    @property
+    def product_rows(self) -> int:
+        """Rows of the product that a program makes in a step: units of h."""
+        return self.units * self.splits * self.groups
+
+    @property
+    def divided(self) -> bool:
+        """Whether partial sums are exchanged."""
+        return self.splits * self.groups > 1
+
+    def programs(self, hidden: int) -> int:
+        """Programs of one direction: as many as have units, or parts of the product."""
+        return max(-(-hidden // self.units), self.splits * self.groups * -(-hidden // self.product_rows))
+
+    def product_tile(self, batch: int) -> int:
+        """Rows of the batch in a tile of the divided product."""
+        return max(16, min(self.batch_tile, power_of_two(batch) // self.groups))
 
 
 @dataclass(frozen=True)
@@ -137,7 +181,8 @@ def _accelerator(index: int) -> Device:
     )
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The least power of two that is n or more."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -164,22 +209,22 @@ def default_config(
         dtype, precision: of the products; "ieee" or "tf32" for float32.
         split_batch: tiles of the batch are programs of their own (inference) instead of being walked.
     """
-    whole = max(_power_of_two(hidden), 16)  # all of the inner extent, as one product has it
-    seats = max(_power_of_two(batch), 16)
+    whole = max(power_of_two(hidden), 16)  # all of the inner extent, as one product has it
+    seats = max(power_of_two(batch), 16)
     if device.backend == "cpu":  # programs of the interpreter run one after another, so they cannot meet
-        units = min(max(_power_of_two(hidden), 4), 64)
+        units = min(max(power_of_two(hidden), 4), 64)
         return Config(units >= hidden, units, min(seats, 64), whole, False, 4, 1)
 
     matrix = device.multiplies(dtype, precision)
     size = dtype.itemsize
 
     def tile_beside(units: int) -> int:
-        most = _MOST_TILE if matrix and size == 2 else _MOST_TILE // 2
+        most = MOST_TILE if matrix and size == 2 else MOST_TILE // 2
         if device.backend == "hip":
-            most = _MOST_TILE // 4
+            most = MOST_TILE // 4
         tile = min(seats, most // (4 * units), 64 if split_batch else 128)
         if tile < batch and not split_batch:  # walked: what is carried from tile to tile needs registers too
-            tile = min(tile, _MOST_TILE // 2 // (4 * units))
+            tile = min(tile, MOST_TILE // 2 // (4 * units))
         return tile
 
     def programs(units: int) -> int:
@@ -194,32 +239,39 @@ def default_config(
         sequence, units = bool(fitting), min(fitting, default=units)
     tile = tile_beside(units)
     elements = 4 * units * tile
-    warps = 8 if elements >= _MOST_TILE // 2 or units > 8 else 4
+    warps = 8 if elements >= MOST_TILE // 2 or units > 8 else 4
 
-    room = device.shared_per_program - _SPARE_SHARED
+    room = device.shared_per_program - SPARE_SHARED
     stays = (4 * units + tile) * whole * size <= room and (split_batch or tile >= batch)
     if sequence and matrix and stays and not device.multiplies_in_groups(units):
         # all loads of a step's state are on their way at once, through registers
         state = tile * whole * size // (4 * device.warp)  # of all warps' threads together
-        several = warps if state <= warps * _MOST_REGISTERS_OF_STATE // 2 else 8
-        most = _MOST_REGISTERS_OF_STATE if elements < _MOST_TILE else _MOST_REGISTERS_OF_STATE // 2
+        several = warps if state <= warps * MOST_REGISTERS_OF_STATE // 2 else 8
+        most = MOST_REGISTERS_OF_STATE if elements < MOST_TILE else MOST_REGISTERS_OF_STATE // 2
         if state <= several * most:
-            return Config(True, units, tile, min(whole, _RESIDENT_INNER), True, several, 1)
+            return Config(True, units, tile, min(whole, RESIDENT_INNER), True, several, 1)
     inner = min(whole, 128 // size) if matrix else 16
     # beside the largest tile, or where the batch is walked, a deeper pipeline is unrolled until its addresses spill
-    crowded = elements >= _MOST_TILE or (tile < batch and not split_batch)
+    crowded = elements >= MOST_TILE or (tile < batch and not split_batch)
     deepest = (2 if crowded else 4) if matrix else 1
     stages = max(1, min(deepest, room // ((4 * units + tile) * inner * size)))
     return Config(sequence, units, tile, inner, False, warps, stages)
 
 
-_explicit: ContextVar[Config | None] = ContextVar("triton_bnlstm_config", default=None)
+_explicit: ContextVar[tuple[Config | None, BackwardConfig | None]] = ContextVar(
+    "triton_bnlstm_config", default=(None, None)
+)
 
 
 @contextmanager
-def use_config(config: Config) -> Iterator[None]:
-    """Within it every recurrent kernel is laid out like this; one that cannot run so raises."""
-    token = _explicit.set(config)
+def use_config(config: Config | None = None, *, backward: BackwardConfig | None = None) -> Iterator[None]:
+    """Recurrent kernels of calls within it are laid out like this; one that cannot run so raises.
+
+    Args:
+        config: of forward and inference kernels; None: the device's default.
+        backward: of the backward kernel of these calls, wherever it is run.
+    """
+    token = _explicit.set((config, backward))
     try:
         yield
     finally:
@@ -228,4 +280,9 @@ def use_config(config: Config) -> Iterator[None]:
 
 def explicit_config() -> Config | None:
     """The layout that `use_config` asks for."""
-    return _explicit.get()
+    return _explicit.get()[0]
+
+
+def explicit_backward_config() -> BackwardConfig | None:
+    """The backward kernel's layout that `use_config` asks for."""
+    return _explicit.get()[1]

@@ -18,7 +18,7 @@ from .common import (
     merge_moments,
     moments_of_live_rows,
     owned_columns,
-    recurrent_product,
+    product,
     state_rows,
     tanh,
     update_cell,
@@ -60,6 +60,7 @@ def forward_kernel(
     first_ptr,  # [T + 1] int64: first row of h_ptr that step t reads; it writes from first[t + 1]
     count_ptr,  # [T] int32 live rows n of each step, a prefix of its rows
     scratch_ptr,  # [dirs, B, 5H] float32, used with WALK
+    deviation_ptr,  # [dirs, R, 4H] W_hh h less its mean over the batch, written with KEEP_DEVIATIONS
     counter_ptr,  # [dirs, 32] int32 zeros, the grid barrier's; a cache line each
     t0,  # first step of this launch
     t1,  # its end
@@ -76,6 +77,7 @@ def forward_kernel(
     SYNC: tl.constexpr,  # how programs meet between steps: see `barrier.wait`
     PROGRAMS: tl.constexpr,  # programs of one direction
     NARROW: tl.constexpr,
+    KEEP_DEVIATIONS: tl.constexpr,
     SEATS: tl.constexpr,  # vacated seats are taken by phantom rows
     CELL_NORM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -86,6 +88,7 @@ def forward_kernel(
     With WALK the batch is walked in tiles three times: products and their moments, gates and cells, and with
     CELL_NORM the states, which wait for the cells' moments.
     """
+    EXACT: tl.constexpr = H % BK == 0
     direction = tl.program_id(1).to(tl.int64)
     directions = tl.num_programs(1).to(tl.int64)
     unit, column, owned_unit, owned = owned_columns(U, H)  # [U], [4U], [U], [4U]
@@ -93,6 +96,7 @@ def forward_kernel(
     c_ptr += direction * (batch + rows) * H
     w_ptr += direction * 4 * H * H
     x_ptr += direction * rows * (1 if NARROW else 4 * H)
+    deviation_ptr += direction * rows * 4 * H
     counter_ptr += direction * 32
     plane_hh, plane_c = directions * steps * 4 * H, directions * steps * H
     b0 = tl.arange(0, BB)  # [BB]
@@ -101,7 +105,7 @@ def forward_kernel(
     if CELL_NORM:
         gamma_c = tl.load(affine_ptr + direction * H + unit, mask=owned_unit, other=0.0)  # [U]
         beta_c = tl.load(affine_ptr + (directions + direction) * H + unit, mask=owned_unit, other=0.0)
-    resident = load_slice(w_ptr, column, owned, H, BK, RESIDENT)  # tiles [4U, BK]
+    resident = load_slice(w_ptr, column, owned, 0, H, H, BK, EXACT, RESIDENT)  # tiles [4U, BK]
     if not WALK:  # the cell state stays in registers from step to step
         row0 = tl.load(first_ptr + t0)
         in_seats = owned_unit[:, None] & (b0 < tl.load(count_ptr + t0))[None, :]
@@ -127,10 +131,28 @@ def forward_kernel(
 
         if not WALK:
             stored = owned_unit[:, None] & live[None, :]  # [U, BB]
-            z = recurrent_product(
-                h_ptr + source * H, w_ptr, resident, column, owned, b0, live, H, BK, RESIDENT, PRECISION, INTERPRETED
+            z = product(
+                h_ptr + source * H,
+                w_ptr,
+                resident,
+                column,
+                owned,
+                b0,
+                live,
+                0,
+                H,
+                H,
+                BK,
+                EXACT,
+                RESIDENT,
+                PRECISION,
+                INTERPRETED,
             )  # [4U, BB]
             mean, squares = moments_of_live_rows(z, live, count)
+            if KEEP_DEVIATIONS:
+                place = state_rows(deviation_ptr, target - batch, b0, column, 4 * H)  # [4U, BB]
+                deviation = (z - mean[:, None]).to(deviation_ptr.dtype.element_ty)
+                tl.store(place, deviation, mask=owned[:, None] & live[None, :])
             mean, rstd = used_statistics(
                 mean, squares / count, own_hh_ptr, population_hh_ptr, weight, at_hh, plane_hh, owned, eps, SEATS
             )
@@ -157,14 +179,29 @@ def forward_kernel(
             for start in range(0, n, BB):
                 b = start + b0
                 live = b < n
-                z = recurrent_product(
-                    h_ptr + source * H, w_ptr, resident, column, owned, b, live, H, BK, RESIDENT, PRECISION, INTERPRETED
+                z = product(
+                    h_ptr + source * H,
+                    w_ptr,
+                    resident,
+                    column,
+                    owned,
+                    b,
+                    live,
+                    0,
+                    H,
+                    H,
+                    BK,
+                    EXACT,
+                    RESIDENT,
+                    PRECISION,
+                    INTERPRETED,
                 )
                 held = tl.minimum(n - start, BB).to(tl.float32)
                 tile_mean, tile_squares = moments_of_live_rows(z, live, held)
                 mean, squares, seen = merge_moments(mean, squares, seen, tile_mean, tile_squares, held)
                 place = scratch + b.to(tl.int64)[None, :] * (5 * H) + column[:, None]
                 tl.store(place, z, mask=owned[:, None] & live[None, :])
+            own_mean = mean
             mean, rstd = used_statistics(
                 mean, squares / count, own_hh_ptr, population_hh_ptr, weight, at_hh, plane_hh, owned, eps, SEATS
             )
@@ -179,6 +216,10 @@ def forward_kernel(
                 stored = owned_unit[:, None] & live[None, :]
                 rows_of_scratch = scratch + b.to(tl.int64)[None, :] * (5 * H)  # [1, BB]
                 z = tl.load(rows_of_scratch + column[:, None], mask=owned[:, None] & live[None, :], other=0.0)
+                if KEEP_DEVIATIONS:
+                    place = state_rows(deviation_ptr, target - batch, b, column, 4 * H)  # [4U, BB]
+                    deviation = (z - own_mean[:, None]).to(deviation_ptr.dtype.element_ty)
+                    tl.store(place, deviation, mask=owned[:, None] & live[None, :])
                 x = load_input(x_ptr, column, owned, target - batch, b, live, H, NARROW)
                 a = x.to(tl.float32) * scale[:, None] + shift[:, None]
                 a += (z - mean[:, None]) * (gamma * rstd)[:, None]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .barrier import NOT_MET, arrive, wait
-from .common import load_input, load_slice, owned_columns, recurrent_product, state_rows, tanh, update_cell
+from .common import load_input, load_slice, owned_columns, product, state_rows, tanh, update_cell
 
 _NAME = tl.constexpr(f"inference_kernel {NOT_MET}")
 
@@ -48,6 +48,7 @@ def inference_kernel(
 ):
     """Grid (programs, tiles, directions). Steps t0..t1 of the recurrence."""
     tile = tl.program_id(1)
+    EXACT: tl.constexpr = H % BK == 0
     direction = tl.program_id(2).to(tl.int64)
     directions = tl.num_programs(2).to(tl.int64)
     unit, column, owned_unit, owned = owned_columns(U, H)  # [U], [4U], [U], [4U]
@@ -58,7 +59,7 @@ def inference_kernel(
     counter_ptr += (direction * tl.num_programs(1) + tile) * 32
     b = tile * BB + tl.arange(0, BB)  # [BB]
 
-    resident = load_slice(w_ptr, column, owned, H, BK, RESIDENT)  # tiles [4U, BK]
+    resident = load_slice(w_ptr, column, owned, 0, H, H, BK, EXACT, RESIDENT)  # tiles [4U, BK]
     row0 = tl.load(first_ptr + t0) if KEEP_CELLS else 0
     in_seats = owned_unit[:, None] & (b < batch)[None, :]
     if KEEP_CELLS:
@@ -78,8 +79,22 @@ def inference_kernel(
         x = load_input(x_ptr, column, owned, target - batch, b, live, H, NARROW)  # [4U, BB] or [1, BB]
         if SYNC != "none":
             wait(counter_ptr, (t - t0) * PROGRAMS, SYNC, _NAME)
-        z = recurrent_product(
-            h_ptr + source * H, w_ptr, resident, column, owned, b, live, H, BK, RESIDENT, PRECISION, INTERPRETED
+        z = product(
+            h_ptr + source * H,
+            w_ptr,
+            resident,
+            column,
+            owned,
+            b,
+            live,
+            0,
+            H,
+            H,
+            BK,
+            EXACT,
+            RESIDENT,
+            PRECISION,
+            INTERPRETED,
         )  # [4U, BB]
         a = x.to(tl.float32) * scale[:, None] + shift[:, None] + z * scale_hh[:, None]  # [4U, BB]
         c_new, o = update_cell(a, c, U, BB)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -62,10 +63,11 @@ def product_precision(dtype: torch.dtype, device: torch.device) -> str:
     return "tf32" if allowed and device_of(device).capability >= 80 else "ieee"
 
 
-def moments(x: Tensor, rows: Rows, centred: Tensor | None = None) -> Tensor:
+def moments(x: Tensor, rows: Rows, centred: Tensor | None = None, *, before: bool = False) -> Tensor:
     """Mean and biased variance of each step's live rows of x [dirs, R, C] → [2, dirs, T, C] float32.
 
     centred: [dirs, R, C], takes the live rows less their mean.
+    before: x is [dirs, B + R, C], states with the initial ones first, and a step's rows are those before it.
     """
     directions, _, columns = x.shape
     found = empty(2, directions, rows.steps, columns, dtype=torch.float32, device=x.device)
@@ -76,7 +78,7 @@ def moments(x: Tensor, rows: Rows, centred: Tensor | None = None) -> Tensor:
         grid,
         (x, found, x if centred is None else centred, rows.first, rows.count),
         (columns, rows.steps, rows.rows, rows.batch),
-        {"CENTRE": centred is not None, "BR": 64, "BC": block},
+        {"CENTRE": centred is not None, "BEFORE": before, "BR": 64, "BC": block},
         {"num_warps": 4},
     )
     return found
@@ -94,6 +96,7 @@ def train(
     population: Tensor | None,
     share: Tensor | None,
     cell: CellNorm | None,
+    deviation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence in training. Writes h and c behind their first B rows, which hold the initial states.
 
@@ -107,6 +110,7 @@ def train(
         eps: ε.
         population, share: [2, dirs, T, 4H] and [dirs, T] n/(n+κ), None where no seat is vacated.
         cell: with cell norm.
+        deviation: [dirs, R, 4H], takes W_hh h less its mean over the batch.
 
     Returns:
         mean and variance over the batch of W_hh h [2, dirs, T, 4H], and with cell norm of c [2, dirs, T, H].
@@ -134,13 +138,18 @@ def train(
             *(nothing if s is None else s for s in (population, share)),
             *((nothing, nothing) if cell is None or own_c is None else (cell.affine, own_c)),
             nothing if cell is None or cell.population is None else cell.population,
-            *(rows.first, rows.count, scratch),
+            *(rows.first, rows.count, scratch, nothing if deviation is None else deviation),
         )
         constants = {"WALK": walk, "SEATS": share is not None}
         return Arguments((triton.cdiv(hidden, config.units), directions), tensors, (eps,), constants)
 
-    shared = {"NARROW": x.dim() == 2, "CELL_NORM": cell is not None, "PRECISION": precision}
-    _recur(forward_kernel, arguments, shared, h, rows, split_batch=False)
+    shared = {
+        "NARROW": x.dim() == 2,
+        "KEEP_DEVIATIONS": deviation is not None,
+        "CELL_NORM": cell is not None,
+        "PRECISION": precision,
+    }
+    recur(forward_kernel, arguments, shared, Case.of(h), rows, partial(default_config, split_batch=False))
     return own, own_c
 
 
@@ -181,44 +190,77 @@ def infer(
         "CELL_NORM": affine_c is not None,
         "PRECISION": product_precision(h.dtype, h.device),
     }
-    _recur(inference_kernel, arguments, shared, h, rows, split_batch=True)
+    recur(inference_kernel, arguments, shared, Case.of(h), rows, partial(default_config, split_batch=True))
+
+
+class Case(NamedTuple):
+    """What a recurrence is about: device, dtype of its products, directions, hidden size."""
+
+    device: torch.device
+    dtype: torch.dtype
+    directions: int
+    hidden: int
+
+    @classmethod
+    def of(cls, h: Tensor) -> Case:
+        """Of states h [dirs, ·, H]."""
+        return cls(h.device, h.dtype, h.shape[0], h.shape[2])
 
 
 class Arguments(NamedTuple):
-    """Of a recurrent kernel in one layout: grid, tensors but the counter, scalars after `batch`, constants."""
+    """Of a recurrent kernel in one layout: grid, tensors but the counter, scalars after `batch`, constants.
+
+    phases: in step mode a step is a launch for each of these, with its changes of the constants.
+    meetings: how often programs meet in a step.
+    """
 
     grid: tuple[int, ...]
     tensors: tuple[Tensor, ...]
     scalars: tuple[float, ...]
     constants: dict[str, Any]
+    phases: tuple[dict[str, Any], ...] = ({},)
+    meetings: int = 1
 
 
-def _recur(
+def recur(
     kernel: Any,
     arguments: Callable[[Config], Arguments],
     shared: dict[str, Any],
-    h: Tensor,
+    case: Case,
     rows: Rows,
+    layout: Callable[..., Config],
     *,
-    split_batch: bool,
+    explicit: Config | None = None,
+    backwards: bool = False,
 ) -> None:
-    """All steps of a recurrent kernel, by the layout that was asked for or the device's default one."""
-    hidden, directions = h.shape[2], h.shape[0]
-    device = device_of(h.device)
-    case = (device, hidden, rows.batch, directions, h.dtype, str(shared["PRECISION"]))
-    explicit = explicit_config()
-    config = explicit or default_config(*case, split_batch=split_batch, steps=rows.steps)
+    """All steps of a recurrent kernel, by the layout that was asked for or the device's default one.
+
+    Args:
+        kernel: the kernel.
+        arguments: of the kernel in a layout.
+        shared: constants that do not depend on the layout.
+        case: what it is about.
+        rows: which rows exist.
+        layout: chooses a layout, as `default_config`.
+        explicit: the layout that was asked for; None: what `use_config` says.
+        backwards: the last step comes first.
+    """
+    device = device_of(case.device)
+    choose = partial(layout, device, case.hidden, rows.batch, case.directions, case.dtype, str(shared["PRECISION"]))
+    if explicit is None and not backwards:
+        explicit = explicit_config()
+    config = explicit or choose(steps=rows.steps)
     if config.sequence:
         if device.backend == "hip":
             raise KernelError("sequence mode: its barrier is written for CUDA devices; use step mode")
-        launch = _prepare(kernel, arguments(config), shared, hidden, config, h)
+        launch = _prepare(kernel, arguments(config), shared, case, config)
         try:
             room = resident_programs(kernel, launch, rows, device)
         except KernelError:
             if explicit is not None:
                 raise
             room = 0  # another layout may compile
-        if launch.programs <= room and rows.steps * launch.programs < MOST_ARRIVALS:
+        if launch.programs <= room and rows.steps * launch.programs * launch.arguments.meetings < MOST_ARRIVALS:
             _run(kernel, *launch.call(0, rows.steps, rows))
             if launch.constants["SYNC"] == "drain":
                 meetings = (launch.counter.shape[0],)
@@ -230,10 +272,11 @@ def _recur(
                 f"sequence mode: {launch.programs} programs of {kernel.__name__} have to run at the same time, and "
                 f"{room} can on this device; give a program more units, or use step mode"
             )
-        config = default_config(*case, split_batch=split_batch, steps=1)
-    launch = _prepare(kernel, arguments(config), shared, hidden, config, h)
-    for t in range(rows.steps):
-        _run(kernel, *launch.call(t, t + 1, rows))
+        config = choose(steps=1)
+    launch = _prepare(kernel, arguments(config), shared, case, config)
+    for t in reversed(range(rows.steps)) if backwards else range(rows.steps):
+        for changes in launch.arguments.phases:
+            _run(kernel, *launch.call(t, t + 1, rows, changes))
 
 
 class _Launch(NamedTuple):
@@ -249,24 +292,25 @@ class _Launch(NamedTuple):
         """Of the whole grid."""
         return math.prod(self.arguments.grid)
 
-    def call(self, first: int, last: int, rows: Rows) -> tuple[Any, ...]:
+    def call(self, first: int, last: int, rows: Rows, changes: dict[str, Any] | None = None) -> tuple[Any, ...]:
         """What `_run` takes for steps first..last."""
         scalars = (first, last, rows.steps, rows.rows, rows.batch, *self.arguments.scalars)
-        return self.arguments.grid, (*self.arguments.tensors, self.counter), scalars, self.constants, self.options
+        tensors = (*self.arguments.tensors, self.counter)
+        return self.arguments.grid, tensors, scalars, {**self.constants, **(changes or {})}, self.options
 
 
-def _prepare(
-    kernel: Any, arguments: Arguments, shared: dict[str, Any], hidden: int, config: Config, h: Tensor
-) -> _Launch:
+def _prepare(kernel: Any, arguments: Arguments, shared: dict[str, Any], case: Case, config: Config) -> _Launch:
     programs = arguments.grid[0]
     sync = "none"
     if config.sequence and programs > 1:
-        sync = "interpreted" if interpreted() else _sync_of(config, device_of(h.device))
+        sync = "interpreted" if interpreted() else _sync_of(config, device_of(case.device))
     meetings = math.prod(arguments.grid[1:])
     # zeros: a launch counts up from there
-    counter = torch.zeros(meetings, 32, dtype=torch.int32, device=h.device) if sync != "none" else h
+    counter = arguments.tensors[0]
+    if sync != "none":
+        counter = torch.zeros(meetings, 32, dtype=torch.int32, device=case.device)
     constants = {
-        "H": hidden,
+        "H": case.hidden,
         "U": config.units,
         "BB": config.batch_tile,
         "BK": config.inner,
@@ -282,7 +326,7 @@ def _prepare(
 
 def _sync_of(config: Config, device: Device) -> str:
     """How a wait that lasts too long ends; see `barrier`. Products of 64 rows and more run on Hopper's warpgroups."""
-    return "drain" if device.capability == 90 and 4 * config.units >= 64 else "assert"
+    return "drain" if device.capability == 90 and config.product_rows >= 64 else "assert"
 
 
 def launch_options(config: Config, sync: str) -> dict[str, Any]:

@@ -1,0 +1,135 @@
+"""How the backward kernel is laid out on a device: what its product moves, counted, and the least of it taken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import torch
+
+from .config import (
+    MOST_REGISTERS_OF_STATE,
+    MOST_TILE,
+    RESIDENT_INNER,
+    SPARE_SHARED,
+    BackwardConfig,
+    Device,
+    power_of_two,
+)
+
+# What a choice between layouts rests on, as published by others for an H100, per multiprocessor where that is told:
+# L2 to all multiprocessors at once, and to one alone; and one meeting of a grid. Only their ratios matter.
+_L2_BYTES_PER_SECOND = 5.5e12 / 132
+_L2_BYTES_PER_SECOND_ALONE = 110e9
+_MEETING = 1.1e-6
+# Multiply-adds of one multiprocessor, and the time that gates and norms of one unit and row take there, by the
+# instructions that they compile to.
+_PRODUCTS_PER_SECOND = 3e12
+_PRODUCTS_PER_SECOND_WITHOUT = 2e11
+_SECONDS_OF_A_UNIT = 1.2e-9
+
+
+def exchanged_bytes(hidden: int, batch: int, size: int, units: int, splits: int = 1, groups: int = 1) -> int:
+    """Bytes that all programs together read and write of dz_t and of partial sums in one step of one direction.
+
+    Args:
+        hidden, batch: H, B.
+        size: bytes of an element of dz.
+        units, splits, groups: as `BackwardConfig` has them.
+    """
+    columns = 4 * hidden
+    if splits * groups == 1:
+        return -(-hidden // units) * batch * columns * size
+    rows_of_product = units * splits * groups
+    programs = splits * groups * -(-hidden // rows_of_product)
+    read = programs * batch * columns * size // (splits * groups)
+    written = programs * batch // groups * rows_of_product * 4
+    return read + written + splits * batch * hidden * 4
+
+
+def step_seconds(device: Device, layout: BackwardConfig, hidden: int, batch: int, size: int, *, matrix: bool) -> float:
+    """Modelled time of a step: what it exchanges and streams, its meetings, its products and its gates."""
+    programs = layout.programs(hidden)
+    moved = exchanged_bytes(hidden, batch, size, layout.units, layout.splits, layout.groups)
+    if not layout.resident:
+        moved += 4 * hidden * hidden * layout.groups * size
+    together = moved / (device.multiprocessors * _L2_BYTES_PER_SECOND)
+    alone = moved / programs / _L2_BYTES_PER_SECOND_ALONE
+    meetings = 0 if programs == 1 else 1 + layout.divided
+    multiplied = 4 * hidden * layout.product_rows * batch / (layout.splits * layout.groups)
+    return (
+        max(together, alone)
+        + meetings * _MEETING
+        + multiplied / (_PRODUCTS_PER_SECOND if matrix else _PRODUCTS_PER_SECOND_WITHOUT)
+        + layout.units * batch * _SECONDS_OF_A_UNIT
+    )
+
+
+def default_backward_config(
+    device: Device, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str, *, steps: int
+) -> BackwardConfig:
+    """The layout for a case that nobody has tuned: of those that fit, the one whose step is modelled to be shortest.
+
+    Args:
+        device: its numbers.
+        hidden, batch, directions, steps: H, B, 1 or 2, T.
+        dtype, precision: of the products; "ieee" or "tf32" for float32.
+    """
+    seats = max(power_of_two(batch), 16)
+    if device.backend == "cpu":  # programs of the interpreter run one after another, so they cannot meet
+        units = min(max(power_of_two(hidden), 4), 64)
+        inner = min(max(power_of_two(4 * hidden), 16), 256)
+        return BackwardConfig(units >= hidden, units, min(seats, 64), inner, False, 4, 1)
+    matrix = device.multiplies(dtype, precision)
+    fitting = []
+    for units, splits, groups in product((4, 8, 16, 32), (1, 2, 4, 8, 16), (1, 2, 4)):
+        if units > 8 and units >= 2 * hidden:
+            continue
+        if not 16 <= units * splits * groups <= (128 if matrix else 64) or (groups > 1 and 16 * groups > seats):
+            continue
+        layout = _laid_out(device, hidden, batch, dtype, matrix, units, splits, groups, sequence=steps > 1)
+        together = device.backend == "cuda" and device.capability >= 70 and steps > 1
+        programs = directions * layout.programs(hidden)
+        meets = together and (programs <= device.multiprocessors or layout.programs(hidden) == 1)
+        if not meets:
+            layout = _laid_out(device, hidden, batch, dtype, matrix, units, splits, groups, sequence=False)
+        seconds = step_seconds(device, layout, hidden, batch, dtype.itemsize, matrix=matrix)
+        # in step mode a meeting is a launch, and programs beyond one of a multiprocessor take turns
+        turns = -(-programs // device.multiprocessors)
+        fitting.append((not meets, seconds * turns, -units, splits * groups, layout))
+    return min(fitting, key=lambda found: found[:-1])[-1]
+
+
+def _laid_out(
+    device: Device,
+    hidden: int,
+    batch: int,
+    dtype: torch.dtype,
+    matrix: bool,
+    units: int,
+    splits: int,
+    groups: int,
+    *,
+    sequence: bool,
+) -> BackwardConfig:
+    """Tiles, pipeline and warps for this division of the work."""
+    size = dtype.itemsize
+    seats = max(power_of_two(batch), 16)
+    most = MOST_TILE if matrix and size == 2 else MOST_TILE // 2
+    if device.backend == "hip":
+        most = MOST_TILE // 4
+    tile = max(16, min(seats, most // (4 * units), 128))
+    if tile < batch:
+        tile = max(16, min(tile, MOST_TILE // 2 // (4 * units)))
+    layout = BackwardConfig(sequence, units, tile, 16, False, 4, 1, splits, groups)
+    rows_of_product, columns = layout.product_rows, layout.product_tile(batch)
+    warps = 8 if 4 * units * tile >= MOST_TILE // 2 or units > 8 or rows_of_product * columns > 2048 else 4
+    room = device.shared_per_program - SPARE_SHARED
+    extent = -(-4 * hidden // (splits * RESIDENT_INNER)) * RESIDENT_INNER
+    if sequence and matrix and (rows_of_product + columns) * extent * size <= room:
+        state = columns * extent * size // (4 * device.warp * warps)  # registers of a thread
+        if state <= MOST_REGISTERS_OF_STATE:
+            return replace(layout, inner=RESIDENT_INNER, resident=True, warps=warps)
+    inner = 128 // size if matrix else 16
+    stages = max(1, min(4 if matrix else 1, room // ((rows_of_product + columns) * inner * size)))
+    return replace(layout, inner=inner, warps=warps, stages=stages)
