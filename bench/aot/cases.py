@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from triton_bnlstm.kernels import launch
-from triton_bnlstm.kernels.config import Device, explicit_config
+from triton_bnlstm.kernels import launch, launch_backward
+from triton_bnlstm.kernels.config import Device, explicit_backward_config, explicit_config
 
 from .targets import Numbers
 
@@ -25,6 +25,7 @@ FORWARD: dict[str, dict[str, bool]] = {
     "cell": {"cell_norm": True},
     "seats": {"seats": True},
     "cell+seats": {"cell_norm": True, "seats": True},
+    "keep": {"keep": True},
     "narrow": {"narrow": True},
 }
 INFERENCE: dict[str, dict[str, bool]] = {
@@ -33,10 +34,18 @@ INFERENCE: dict[str, dict[str, bool]] = {
     "cell+keep": {"cell_norm": True, "keep_cells": True},
     "narrow": {"narrow": True},
 }
+BACKWARD: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "cell": {"cell_norm": True},
+    "narrow": {"narrow": True},
+    "cell+fill": {"cell_norm": True, "fill": True},
+    "later": {"later": True},
+}
 VARIANTS = (
     *(f"forward/{name}" for name in FORWARD),
+    *(f"backward/{name}" for name in BACKWARD),
     *(f"inference/{name}" for name in INFERENCE),
-    *("moments/centre", "moments/narrow", "moments/product"),
+    *("moments/centre", "moments/narrow", "moments/product", "moments/states", "moments/finish"),
 )
 
 
@@ -87,12 +96,15 @@ def launches(device: Device, numbers: Numbers, case: Case) -> Iterator[Launch]:
 
     A layout that `use_config` asks for has no fall-back. Step mode launches the same kernel for each step.
     """
-    for room in (True, False) if explicit_config() is None else (True,):
+    asked = explicit_backward_config() if case.variant.startswith("backward/") else explicit_config()
+    for room in (True, False) if asked is None else (True,):
         noted: list[Launch] = []
         with _noting(device, numbers, case, noted, room=room):
             kernel, _, name = case.variant.partition("/")
             if kernel == "forward":
                 _forward(numbers.dtype, case, **FORWARD[name])
+            elif kernel == "backward":
+                _backward(numbers.dtype, case, **BACKWARD[name])
             elif kernel == "inference":
                 _inference(numbers.dtype, case, **INFERENCE[name])
             else:
@@ -119,6 +131,7 @@ def _noting(device: Device, numbers: Numbers, case: Case, noted: list[Launch], *
         with (
             FakeTensorMode(),
             mock.patch.multiple(launch, _run=run, resident_programs=programs, device_of=device_of),
+            mock.patch.object(launch_backward, "_run", run),
         ):
             yield
     finally:
@@ -145,7 +158,13 @@ def _rows(case: Case) -> launch.Rows:
 
 
 def _forward(
-    dtype: torch.dtype, case: Case, *, cell_norm: bool = False, seats: bool = False, narrow: bool = False
+    dtype: torch.dtype,
+    case: Case,
+    *,
+    cell_norm: bool = False,
+    seats: bool = False,
+    narrow: bool = False,
+    keep: bool = False,
 ) -> None:
     states, floats = _maker(dtype)
     rows, hidden, ways = _rows(case), case.hidden, case.directions
@@ -165,6 +184,46 @@ def _forward(
         floats(2, ways, STEPS, 4 * hidden) if seats else None,
         floats(ways, STEPS) if seats else None,
         cell,
+        states(ways, rows.rows, 4 * hidden) if keep else None,
+    )
+
+
+def _backward(
+    dtype: torch.dtype,
+    case: Case,
+    *,
+    cell_norm: bool = False,
+    narrow: bool = False,
+    fill: bool = False,
+    later: bool = False,
+) -> None:
+    states, floats = _maker(dtype)
+    rows, hidden, ways = _rows(case), case.hidden, case.directions
+    x = floats(ways, rows.rows) if narrow else states(ways, rows.rows, 4 * hidden)
+    table = floats(2, ways, STEPS, 4 * hidden)
+    kept = launch_backward.Kept(
+        states(ways, rows.rows, 4 * hidden),
+        x,
+        floats(ways, rows.batch + rows.rows, hidden),
+        table,
+        table,
+        floats(2, ways, STEPS, hidden) if cell_norm else None,
+    )
+    given = launch_backward.Given(
+        states(ways, rows.rows, hidden), states(ways, rows.batch, hidden), floats(ways, rows.batch, hidden)
+    )
+    d_input = None if narrow else states(ways, rows.rows, 4 * hidden)
+    wanted = launch_backward.Wanted(states(ways, rows.rows, 4 * hidden), d_input, narrow, later, fill)
+    launch_backward.backward(
+        kept,
+        given,
+        wanted,
+        states(ways, hidden, 4 * hidden),
+        floats(4, ways, 4 * hidden),
+        floats(2, ways, hidden) if cell_norm else None,
+        floats(ways, STEPS),
+        rows,
+        explicit_backward_config(),
     )
 
 
@@ -191,6 +250,13 @@ def _moments(dtype: torch.dtype, case: Case, name: str) -> None:
     rows, ways = _rows(case), case.directions
     if name == "product":  # of W_ih x
         launch.moments(states(ways, rows.rows, 4 * case.hidden), rows)
+    elif name == "states":  # those before each step
+        states_of = states(ways, rows.batch + rows.rows, case.hidden)
+        launch.moments(states_of, rows, states(ways, rows.rows, case.hidden), before=True)
+    elif name == "finish":
+        d = states(ways, rows.rows, 4 * case.hidden)
+        table = floats(ways, STEPS, 4 * case.hidden)
+        launch_backward.finish(d, d, table[:, 0], table, floats(4, ways, 4 * case.hidden), rows)
     elif name == "narrow":
         launch.moments(states(ways, rows.rows, 1), rows, floats(ways, rows.rows, 1))
     else:  # of x, here with an odd number of features

@@ -53,7 +53,8 @@ def problems(result: dict[str, Any]) -> list[str]:
     if used["shared"] > device.shared_per_program:
         found.append(f"{used['shared']} bytes of shared memory, {target.board} has {device.shared_per_program}")
     dtype = NUMBERS[result["numbers"]].dtype
-    if "PRECISION" in constants and device.multiplies(dtype, constants["PRECISION"]) and not used["matrix"]:
+    multiplies = "PRECISION" in constants and constants.get("PRODUCT", True)  # a step's launch may leave that out
+    if multiplies and device.multiplies(dtype, constants["PRECISION"]) and not used["matrix"]:
         found.append("no matrix instruction")
     if constants.get("SYNC", "none") != "none":
         room = device.resident_programs(used["shared"], used["registers"], result["options"]["num_warps"])

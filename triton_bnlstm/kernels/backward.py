@@ -20,15 +20,18 @@ import triton.language as tl
 from .barrier import NOT_MET, arrive, wait
 from .common import load_slice, owned_columns, product, state_rows
 from .gradients import (
+    first_rows,
     gate_columns,
     load_columns,
     load_gates,
-    load_output_gradient,
     norm_gradient,
+    normalised_hidden,
     normalised_input,
+    output_gradient,
     pre_activation_gradient,
     step_again,
     store_gates,
+    store_norm_gradients,
     sum_of_parts,
 )
 
@@ -36,94 +39,42 @@ _NAME = tl.constexpr(f"backward_kernel {NOT_MET}")
 
 
 @triton.jit
-def state_gradient(
-    d_z_next,
+def product_of_rows(
+    d_z_ptr,
     w_ptr,
     resident,
-    parts_ptr,
-    d_rows_ptr,
-    d_h_ptr,
-    row0,
+    which,
     b,
     n,
-    n_next,
-    unit,
-    owned_unit,
-    batch,
     H: tl.constexpr,
+    EXTENT: tl.constexpr,
     BK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    DIVIDED: tl.constexpr,
-    ROWS: tl.constexpr,
+    EXACT: tl.constexpr,
     RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Dh of the rows row0 + b: from the step behind, the output and, where a sequence ends, h_n → [U, BB] float32."""
-    d_h = load_output_gradient(d_rows_ptr, d_h_ptr, row0, b, b < n, n_next, unit, owned_unit, H, ROWS)
-    live_next = b < n_next
-    if DIVIDED:
-        d_h += sum_of_parts(parts_ptr, b, unit, owned_unit[:, None] & live_next[None, :], batch, H, SPLITS)
-    else:
-        d_h += product(
-            d_z_next,
-            w_ptr,
-            resident,
-            unit,
-            owned_unit,
-            b,
-            live_next,
-            0,
-            4 * H,
-            4 * H,
-            BK,
-            4 * H % BK == 0,
-            RESIDENT,
-            PRECISION,
-            INTERPRETED,
-        )
-    return d_h
+    """W_hhᵀ dz for the first n of the rows b of d_z_ptr [·, 4H] → [MADE, BB] float32.
 
-
-@triton.jit
-def store_pre_activation_gradients(
-    d_z_ptr,
-    d_x_ptr,
-    row0,
-    b,
-    n,
-    held,
-    unit,
-    owned_unit,
-    d_a,
-    hidden,
-    given,
-    scale_hh,
-    scale_ih,
-    sum_dy,
-    sum_hidden,
-    sum_given,
-    inverse,
-    H: tl.constexpr,
-    KEEP_X: tl.constexpr,
-    STORE_X: tl.constexpr,
-    SUMMED_LATER: tl.constexpr,
-):
-    """Backward of the hidden and the input norm for the rows row0 + b; gives the input's, [U, BB, 2, 2].
-
-    scale_hh, scale_ih, sum_dy, sum_hidden, sum_given: γ/σ of both norms and the three sums, [U, 1, 2, 2].
+    which: units of h [MADE], which of them exist, and where this program's part of the inner extent begins.
     """
-    live = (b < n)[None, :, None, None]
-    stored = owned_unit[:, None] & (b < held)[None, :]  # [U, BB]
-    d_z = norm_gradient(d_a, hidden, scale_hh, sum_dy, sum_hidden, inverse)
-    d_x = d_a
-    if KEEP_X and not SUMMED_LATER:
-        d_x = tl.where(live, norm_gradient(d_a, given, scale_ih, sum_dy, sum_given, inverse), 0.0)
-    tl.debug_barrier()  # the same memory may have held what other threads have read above
-    store_gates(state_rows(d_z_ptr, row0, b, unit, 4 * H), stored, tl.where(live, d_z, 0.0), H)
-    if STORE_X:
-        store_gates(state_rows(d_x_ptr, row0, b, unit, 4 * H), stored, d_x, H)
-    return d_x
+    return product(
+        d_z_ptr,
+        w_ptr,
+        resident,
+        which[0],
+        which[1],
+        b,
+        b < n,
+        which[2],
+        4 * H,
+        EXTENT,
+        BK,
+        EXACT,
+        RESIDENT,
+        PRECISION,
+        INTERPRETED,
+    )
 
 
 @triton.jit(do_not_specialize=["t0", "t1", "steps", "rows", "batch"])
@@ -147,7 +98,7 @@ def backward_kernel(
     sums_c_ptr,  # [2, dirs, T, H] float32 sums of dy and dy·ĉ of the cell norm; written with CELL_NORM
     first_ptr,  # [T + 1] int64: step t reads rows of c_ptr from first[t] on; its own are from first[t + 1] on
     count_ptr,  # [T] int32 live rows n of each step, a prefix of its rows
-    parts_ptr,  # [dirs, SPLITS, H, B] float32, used where the product is divided
+    parts_ptr,  # [dirs, SPLITS, B, H] float32, used where the product is divided
     scratch_ptr,  # [dirs, B, 5H] float32, used with WALK
     counter_ptr,  # [dirs, 32] int32 zeros, the grid barrier's; a cache line each
     t0,  # first step of this launch, the last one to be done
@@ -162,6 +113,7 @@ def backward_kernel(
     SPLITS: tl.constexpr,  # parts of the inner extent 4H
     GROUPS: tl.constexpr,  # parts of the rows
     PB: tl.constexpr,  # batch rows of a tile of the divided product
+    ONE_TILE: tl.constexpr,  # which is all that a program has of them
     PRODUCT: tl.constexpr,  # this launch computes dh
     CELLS: tl.constexpr,  # this launch computes the rest of the step
     WALK: tl.constexpr,  # the batch is more than one tile
@@ -185,6 +137,7 @@ def backward_kernel(
     """
     DIVIDED: tl.constexpr = SPLITS * GROUPS > 1
     CW: tl.constexpr = U * SPLITS * GROUPS
+    MADE: tl.constexpr = CW if CW >= 16 else 16  # rows of a product; what is too many of them is zeros
     EXTENT: tl.constexpr = ((4 * H + BK - 1) // BK + SPLITS - 1) // SPLITS * BK
     EXACT: tl.constexpr = SPLITS * EXTENT == 4 * H
     KEEP_X: tl.constexpr = STORE_X or COLUMN
@@ -203,27 +156,31 @@ def backward_kernel(
     parts_ptr += direction * SPLITS * H * batch
     counter_ptr += direction * 32
     plane_hh, plane_c = directions * steps * 4 * H, directions * steps * H
+    own, saved = (unit, owned_unit), (deviation_ptr, x_ptr, c_ptr)
+    outputs, into = (d_rows_ptr, d_h_ptr), (d_z_ptr, d_x_ptr)
     b0 = tl.arange(0, BB)  # [BB]
 
     # this program's part of the product: CW units, EXTENT of the inner extent, every GROUPS-th tile of the rows
     place = tl.program_id(0)
     part, group = place % SPLITS, place // SPLITS % GROUPS
-    made = place // (SPLITS * GROUPS) * CW + tl.arange(0, CW)  # [CW] units of h
-    exists = made < H
+    made = place // (SPLITS * GROUPS) * CW + tl.arange(0, MADE)  # [MADE] units of h
+    exists = (made < H) & (tl.arange(0, MADE) < CW)
+    which = (made, exists, part * EXTENT)
+    own_part = parts_ptr + part.to(tl.int64) * batch * H
     resident = ()
     if PRODUCT:
-        resident = load_slice(w_ptr, made, exists, part * EXTENT, 4 * H, EXTENT, BK, EXACT, RESIDENT)  # of [CW, BK]
+        resident = load_slice(w_ptr, made, exists, which[2], 4 * H, EXTENT, BK, EXACT, RESIDENT)  # of [MADE, BK]
 
     if CELLS:
         column = gate_columns(unit, H)  # [U, 2, 2]
         owned = owned_unit[:, None, None] & (column >= 0)
-        vectors = vectors_ptr + direction * 4 * H
-        gamma_hh = load_columns(vectors, column, owned)  # [U, 1, 2, 2]
-        gamma_ih = load_columns(vectors + directions * 4 * H, column, owned)
-        bias = load_columns(vectors + 2 * directions * 4 * H, column, owned)
-        weight = bias
+        of_columns = vectors_ptr + direction * 4 * H
+        gamma_hh = load_columns(of_columns, column, owned)  # [U, 1, 2, 2]
+        gamma_ih = load_columns(of_columns + directions * 4 * H, column, owned)
+        bias = load_columns(of_columns + 2 * directions * 4 * H, column, owned)
+        vectors = (bias, bias)
         if NARROW:
-            weight = load_columns(vectors + 3 * directions * 4 * H, column, owned)
+            vectors = (bias, load_columns(of_columns + 3 * directions * 4 * H, column, owned))
         gamma_c = tl.zeros((U, 1), tl.float32)
         beta_c = tl.zeros((U, 1), tl.float32)
         if CELL_NORM:
@@ -246,194 +203,139 @@ def backward_kernel(
         if CELLS:
             at_hh = at_step * 4 * H + column  # [U, 2, 2]
             at_c = at_step * H + unit  # [U]
+            at = (row0, source, target)
             inverse = tl.load(inverse_ptr + at_step)
-            rstd_hh = load_columns(hh_ptr + plane_hh, at_hh, owned)
-            rstd_ih = load_columns(ih_ptr + plane_hh, at_hh, owned)
-            hh = (load_columns(hh_ptr, at_hh, owned), rstd_hh, gamma_hh)  # [U, 1, 2, 2] each
-            ih = (load_columns(ih_ptr, at_hh, owned), rstd_ih, gamma_ih)
+            hh = (load_columns(hh_ptr, at_hh, owned), load_columns(hh_ptr + plane_hh, at_hh, owned), gamma_hh)
+            ih = (load_columns(ih_ptr, at_hh, owned), load_columns(ih_ptr + plane_hh, at_hh, owned), gamma_ih)
             of_c = (gamma_c, gamma_c, gamma_c, beta_c)
             if CELL_NORM:
                 mean_c = tl.load(of_c_ptr + at_c, mask=owned_unit, other=0.0)[:, None]  # [U, 1]
                 rstd_c = tl.load(of_c_ptr + plane_c + at_c, mask=owned_unit, other=0.0)[:, None]
                 of_c = (mean_c, rstd_c, gamma_c, beta_c)
+            scale_c = of_c[1] * gamma_c
             live = b0 < n  # [BB]
             if not WALK:  # before the wait: nothing here depends on the other programs
                 hidden, given, x, i, f, g, o, c_old, c_hat, through = step_again(
-                    deviation_ptr,
-                    x_ptr,
-                    c_ptr,
-                    row0,
-                    source,
-                    target,
-                    b0,
-                    live,
-                    unit,
-                    owned_unit,
-                    hh,
-                    ih,
-                    bias,
-                    weight,
-                    of_c,
-                    H,
-                    NARROW,
-                    CELL_NORM,
+                    saved, at, b0, live, own, hh, ih, vectors, of_c, H, NARROW, CELL_NORM
                 )
 
         if SYNC != "none":
             wait(counter_ptr, done * PROGRAMS * (2 if DIVIDED else 1), SYNC, _NAME)
         if PRODUCT and DIVIDED:
-            for start in range(group * PB, n_next, GROUPS * PB):
-                b = start + tl.arange(0, PB)
-                sums = product(
-                    d_z_next,
-                    w_ptr,
-                    resident,
-                    made,
-                    exists,
-                    b,
-                    b < n_next,
-                    part * EXTENT,
-                    4 * H,
-                    EXTENT,
-                    BK,
-                    EXACT,
-                    RESIDENT,
-                    PRECISION,
-                    INTERPRETED,
-                )  # [CW, PB]
-                into = parts_ptr + (part * H + made).to(tl.int64)[:, None] * batch + b[None, :]
-                tl.store(into, sums, mask=exists[:, None] & (b < n_next)[None, :])
+            if ONE_TILE:
+                b = group * PB + tl.arange(0, PB)
+                partial = product_of_rows(
+                    d_z_next, w_ptr, resident, which, b, n_next, H, EXTENT, BK, EXACT, RESIDENT, PRECISION, INTERPRETED
+                )  # [MADE, PB]
+                tl.store(state_rows(own_part, 0, b, made, H), partial, mask=exists[:, None] & (b < n_next)[None, :])
+            else:
+                for start in range(group * PB, n_next, GROUPS * PB):
+                    b = start + tl.arange(0, PB)
+                    partial = product_of_rows(
+                        d_z_next,
+                        w_ptr,
+                        resident,
+                        which,
+                        b,
+                        n_next,
+                        H,
+                        EXTENT,
+                        BK,
+                        EXACT,
+                        RESIDENT,
+                        PRECISION,
+                        INTERPRETED,
+                    )
+                    tl.store(state_rows(own_part, 0, b, made, H), partial, mask=exists[:, None] & (b < n_next)[None, :])
             if SYNC != "none":
                 arrive(counter_ptr)
                 wait(counter_ptr, (2 * done + 1) * PROGRAMS, SYNC, _NAME)
 
         if CELLS and not WALK:
-            d_h = state_gradient(
-                d_z_next,
-                w_ptr,
-                resident,
-                parts_ptr,
-                d_rows_ptr,
-                d_h_ptr,
-                row0,
-                b0,
-                n,
-                n_next,
-                unit,
-                owned_unit,
-                batch,
-                H,
-                BK,
-                SPLITS,
-                DIVIDED,
-                ROWS,
-                RESIDENT,
-                PRECISION,
-                INTERPRETED,
-            )
-            d_c_new = d_h * o * (1.0 - through * through)  # [U, BB]
-            if CELL_NORM:
-                sum_dy_c, sum_product_c = tl.sum(d_c_new, 1), tl.sum(d_c_new * c_hat, 1)  # [U]
-                tl.store(sums_c_ptr + at_c, sum_dy_c, mask=owned_unit)
-                tl.store(sums_c_ptr + plane_c + at_c, sum_product_c, mask=owned_unit)
-                d_c_new = norm_gradient(
-                    d_c_new, c_hat, gamma_c * rstd_c, sum_dy_c[:, None], sum_product_c[:, None], inverse
+            d_h = output_gradient(outputs, row0, b0, n, n_next, own, H, ROWS)  # [U, BB]
+            if DIVIDED:
+                d_h += sum_of_parts(parts_ptr, b0, n_next, own, batch, H, SPLITS)
+            else:
+                partial = product_of_rows(
+                    d_z_next, w_ptr, resident, which, b0, n_next, H, EXTENT, BK, EXACT, RESIDENT, PRECISION, INTERPRETED
                 )
+                d_h += first_rows(partial, U)
+            d_c_new = d_h * o * (1.0 - through * through)
+            if CELL_NORM:
+                sum_c, product_c = tl.sum(d_c_new, 1), tl.sum(d_c_new * c_hat, 1)  # [U]
+                tl.store(sums_c_ptr + at_c, sum_c, mask=owned_unit)
+                tl.store(sums_c_ptr + plane_c + at_c, product_c, mask=owned_unit)
+                d_c_new = norm_gradient(d_c_new, c_hat, scale_c, sum_c[:, None], product_c[:, None], inverse)
             d_c_new = tl.where(live[None, :], d_c + d_c_new, 0.0)
             d_a = pre_activation_gradient(d_h, d_c_new, through, i, f, g, o, c_old)  # [U, BB, 2, 2]
-            d_c = tl.where(live[None, :], d_c_new * f, d_c)
-            sum_dy = tl.sum(d_a, 1)  # [U, 2, 2]
-            sum_hidden = tl.sum(d_a * hidden, 1)
-            sum_given = tl.sum(d_a * given, 1)
-            d_x = store_pre_activation_gradients(
-                d_z_ptr,
-                d_x_ptr,
+            d_c = tl.where(live[None, :], d_c_new * f, d_c)  # a finished row's passes through
+            sums = (tl.sum(d_a, 1), tl.sum(d_a * hidden, 1), tl.sum(d_a * given, 1))  # [U, 2, 2] each
+            d_x = store_norm_gradients(
+                into,
                 row0,
                 b0,
                 n,
                 held,
-                unit,
-                owned_unit,
+                own,
                 d_a,
                 hidden,
                 given,
-                gamma_hh * rstd_hh,
-                gamma_ih * rstd_ih,
-                sum_dy[:, None, :, :],
-                sum_hidden[:, None, :, :],
-                sum_given[:, None, :, :],
+                hh,
+                ih,
+                sums,
                 inverse,
                 H,
                 KEEP_X,
                 STORE_X,
                 SUMMED_LATER,
             )
-            tl.store(sums_ptr + at_hh, sum_dy, mask=owned)
-            tl.store(sums_ptr + plane_hh + at_hh, sum_hidden, mask=owned)
-            tl.store(sums_ptr + 2 * plane_hh + at_hh, sum_given, mask=owned)
             if COLUMN:
                 tl.store(sums_ptr + 3 * plane_hh + at_hh, tl.sum(d_x * x[None, :, None, None], 1), mask=owned)
+            tl.store(sums_ptr + at_hh, sums[0], mask=owned)
+            tl.store(sums_ptr + plane_hh + at_hh, sums[1], mask=owned)
+            tl.store(sums_ptr + 2 * plane_hh + at_hh, sums[2], mask=owned)
 
         if CELLS and WALK:
             # Scratch of row b: gradients of pre-activations [4H], then dh [H]. A program reads what it wrote.
             scratch = scratch_ptr + direction * batch * (5 * H)
-            sum_dy_c = tl.zeros((U,), tl.float32)
-            sum_product_c = tl.zeros((U,), tl.float32)
-            if CELL_NORM:
-                for start in range(0, n, BB):
-                    b = start + b0
-                    live = b < n
-                    d_h = state_gradient(
+            sum_c = tl.zeros((U,), tl.float32)
+            product_c = tl.zeros((U,), tl.float32)
+            for start in range(0, n, BB):
+                b = start + b0
+                live = b < n
+                wanted = owned_unit[:, None] & live[None, :]  # [U, BB]
+                d_h = output_gradient(outputs, row0, b, n, n_next, own, H, ROWS)
+                if DIVIDED:
+                    d_h += sum_of_parts(parts_ptr, b, n_next, own, batch, H, SPLITS)
+                else:
+                    partial = product_of_rows(
                         d_z_next,
                         w_ptr,
                         resident,
-                        parts_ptr,
-                        d_rows_ptr,
-                        d_h_ptr,
-                        row0,
+                        which,
                         b,
-                        n,
                         n_next,
-                        unit,
-                        owned_unit,
-                        batch,
                         H,
+                        EXTENT,
                         BK,
-                        SPLITS,
-                        DIVIDED,
-                        ROWS,
+                        EXACT,
                         RESIDENT,
                         PRECISION,
                         INTERPRETED,
                     )
-                    wanted = owned_unit[:, None] & live[None, :]  # [U, BB]
-                    tl.store(state_rows(scratch + 4 * H, 0, b, unit, 5 * H), d_h, mask=wanted)
+                    d_h += first_rows(partial, U)
+                tl.store(state_rows(scratch + 4 * H, 0, b, unit, 5 * H), d_h, mask=wanted)
+                if CELL_NORM:
                     hidden, given, x, i, f, g, o, c_old, c_hat, through = step_again(
-                        deviation_ptr,
-                        x_ptr,
-                        c_ptr,
-                        row0,
-                        source,
-                        target,
-                        b,
-                        live,
-                        unit,
-                        owned_unit,
-                        hh,
-                        ih,
-                        bias,
-                        weight,
-                        of_c,
-                        H,
-                        NARROW,
-                        CELL_NORM,
+                        saved, at, b, live, own, hh, ih, vectors, of_c, H, NARROW, CELL_NORM
                     )
                     d_c_new = d_h * o * (1.0 - through * through)
-                    sum_dy_c += tl.sum(d_c_new, 1)
-                    sum_product_c += tl.sum(d_c_new * c_hat, 1)
-                tl.store(sums_c_ptr + at_c, sum_dy_c, mask=owned_unit)
-                tl.store(sums_c_ptr + plane_c + at_c, sum_product_c, mask=owned_unit)
-                tl.debug_barrier()  # the scratch is read by other threads than wrote it
+                    sum_c += tl.sum(d_c_new, 1)
+                    product_c += tl.sum(d_c_new * c_hat, 1)
+            if CELL_NORM:
+                tl.store(sums_c_ptr + at_c, sum_c, mask=owned_unit)
+                tl.store(sums_c_ptr + plane_c + at_c, product_c, mask=owned_unit)
+            tl.debug_barrier()  # the scratch is read by other threads than wrote it
 
             sum_dy = tl.zeros((U, 2, 2), tl.float32)
             sum_hidden = tl.zeros((U, 2, 2), tl.float32)
@@ -443,56 +345,12 @@ def backward_kernel(
                 live = b < n
                 wanted = owned_unit[:, None] & live[None, :]
                 hidden, given, x, i, f, g, o, c_old, c_hat, through = step_again(
-                    deviation_ptr,
-                    x_ptr,
-                    c_ptr,
-                    row0,
-                    source,
-                    target,
-                    b,
-                    live,
-                    unit,
-                    owned_unit,
-                    hh,
-                    ih,
-                    bias,
-                    weight,
-                    of_c,
-                    H,
-                    NARROW,
-                    CELL_NORM,
+                    saved, at, b, live, own, hh, ih, vectors, of_c, H, NARROW, CELL_NORM
                 )
-                if CELL_NORM:
-                    d_h = tl.load(state_rows(scratch + 4 * H, 0, b, unit, 5 * H), mask=wanted, other=0.0)
-                else:
-                    d_h = state_gradient(
-                        d_z_next,
-                        w_ptr,
-                        resident,
-                        parts_ptr,
-                        d_rows_ptr,
-                        d_h_ptr,
-                        row0,
-                        b,
-                        n,
-                        n_next,
-                        unit,
-                        owned_unit,
-                        batch,
-                        H,
-                        BK,
-                        SPLITS,
-                        DIVIDED,
-                        ROWS,
-                        RESIDENT,
-                        PRECISION,
-                        INTERPRETED,
-                    )
+                d_h = tl.load(state_rows(scratch + 4 * H, 0, b, unit, 5 * H), mask=wanted, other=0.0)
                 d_c_new = d_h * o * (1.0 - through * through)
                 if CELL_NORM:
-                    d_c_new = norm_gradient(
-                        d_c_new, c_hat, gamma_c * rstd_c, sum_dy_c[:, None], sum_product_c[:, None], inverse
-                    )
+                    d_c_new = norm_gradient(d_c_new, c_hat, scale_c, sum_c[:, None], product_c[:, None], inverse)
                 d_c_place = state_rows(d_c_ptr, 0, b, unit, H)
                 d_c_new = tl.where(live[None, :], tl.load(d_c_place, mask=wanted, other=0.0) + d_c_new, 0.0)
                 d_a = pre_activation_gradient(d_h, d_c_new, through, i, f, g, o, c_old)
@@ -503,32 +361,27 @@ def backward_kernel(
                 sum_given += tl.sum(d_a * given, 1)
             tl.debug_barrier()
 
+            sums = (sum_dy, sum_hidden, sum_given)
             sum_column = tl.zeros((U, 2, 2), tl.float32)
             for start in range(0, held, BB):
                 b = start + b0
                 live = b < n
-                wanted = owned_unit[:, None] & live[None, :]
-                d_a = load_gates(state_rows(scratch, 0, b, unit, 5 * H), wanted, H)
-                hidden = load_gates(state_rows(deviation_ptr, row0, b, unit, 4 * H), wanted, H)
-                hidden = (hidden - hh[0]) * hh[1]
-                given, x = normalised_input(x_ptr, row0, b, live, unit, wanted, weight, ih[0], ih[1], H, NARROW)
-                d_x = store_pre_activation_gradients(
-                    d_z_ptr,
-                    d_x_ptr,
+                d_a = load_gates(state_rows(scratch, 0, b, unit, 5 * H), owned_unit[:, None] & live[None, :], H)
+                hidden = normalised_hidden(deviation_ptr, row0, b, own, hh, live, H)
+                given, x = normalised_input(x_ptr, row0, b, own, ih, vectors[1], live, H, NARROW)
+                d_x = store_norm_gradients(
+                    into,
                     row0,
                     b,
                     n,
                     held,
-                    unit,
-                    owned_unit,
+                    own,
                     d_a,
                     hidden,
                     given,
-                    gamma_hh * rstd_hh,
-                    gamma_ih * rstd_ih,
-                    sum_dy[:, None, :, :],
-                    sum_hidden[:, None, :, :],
-                    sum_given[:, None, :, :],
+                    hh,
+                    ih,
+                    sums,
                     inverse,
                     H,
                     KEEP_X,

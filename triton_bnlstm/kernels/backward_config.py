@@ -56,7 +56,7 @@ def step_seconds(device: Device, layout: BackwardConfig, hidden: int, batch: int
     together = moved / (device.multiprocessors * _L2_BYTES_PER_SECOND)
     alone = moved / programs / _L2_BYTES_PER_SECOND_ALONE
     meetings = 0 if programs == 1 else 1 + layout.divided
-    multiplied = 4 * hidden * layout.product_rows * batch / (layout.splits * layout.groups)
+    multiplied = 4 * hidden * max(16, layout.product_rows) * batch / (layout.splits * layout.groups)
     return (
         max(together, alone)
         + meetings * _MEETING
@@ -85,7 +85,10 @@ def default_backward_config(
     for units, splits, groups in product((4, 8, 16, 32), (1, 2, 4, 8, 16), (1, 2, 4)):
         if units > 8 and units >= 2 * hidden:
             continue
-        if not 16 <= units * splits * groups <= (128 if matrix else 64) or (groups > 1 and 16 * groups > seats):
+        rows_of_product = units * splits * groups
+        if rows_of_product > (128 if matrix else 64) or (splits * groups > 1 and rows_of_product < 16):
+            continue
+        if groups > 1 and 16 * groups > seats:
             continue
         layout = _laid_out(device, hidden, batch, dtype, matrix, units, splits, groups, sequence=steps > 1)
         together = device.backend == "cuda" and device.capability >= 70 and steps > 1
@@ -115,20 +118,17 @@ def _laid_out(
     """Tiles, pipeline and warps for this division of the work."""
     size = dtype.itemsize
     seats = max(power_of_two(batch), 16)
-    most = MOST_TILE if matrix and size == 2 else MOST_TILE // 2
-    if device.backend == "hip":
-        most = MOST_TILE // 4
+    most = MOST_TILE // 2 if matrix and size == 2 else MOST_TILE // 4
     tile = max(16, min(seats, most // (4 * units), 128))
-    if tile < batch:
-        tile = max(16, min(tile, MOST_TILE // 2 // (4 * units)))
     layout = BackwardConfig(sequence, units, tile, 16, False, 4, 1, splits, groups)
     rows_of_product, columns = layout.product_rows, layout.product_tile(batch)
-    warps = 8 if 4 * units * tile >= MOST_TILE // 2 or units > 8 or rows_of_product * columns > 2048 else 4
+    elements = max(4 * units * tile, rows_of_product * columns // 2)
+    warps = 8 if elements >= MOST_TILE // 2 else 4
     room = device.shared_per_program - SPARE_SHARED
     extent = -(-4 * hidden // (splits * RESIDENT_INNER)) * RESIDENT_INNER
     if sequence and matrix and (rows_of_product + columns) * extent * size <= room:
         state = columns * extent * size // (4 * device.warp * warps)  # registers of a thread
-        if state <= MOST_REGISTERS_OF_STATE:
+        if state <= MOST_REGISTERS_OF_STATE // 2:
             return replace(layout, inner=RESIDENT_INNER, resident=True, warps=warps)
     inner = 128 // size if matrix else 16
     stages = max(1, min(4 if matrix else 1, room // ((rows_of_product + columns) * inner * size)))

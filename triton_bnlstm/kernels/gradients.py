@@ -62,17 +62,22 @@ def store_gates(place, wanted, tile, H: tl.constexpr):
 
 
 @triton.jit
-def normalised_input(
-    x_ptr, row0, b, live, unit, wanted, column_weight, mean, rstd, H: tl.constexpr, NARROW: tl.constexpr
-):
-    """ẑ_x [U, BB, 2, 2] of the rows row0 + b, and with NARROW x itself [BB] (else anything)."""
+def normalised_input(x_ptr, row0, b, own, ih, weight, live, H: tl.constexpr, NARROW: tl.constexpr):
+    """ẑ_x [U, BB, 2, 2] of the rows row0 + b, and with NARROW x itself [BB] (else anything). weight: W_ih's column."""
     if NARROW:
         x = tl.load(x_ptr + row0 + b, mask=live, other=0.0)  # [BB]
-        z = x[None, :, None, None] * column_weight
+        z = x[None, :, None, None] * weight
     else:
         x = live
-        z = load_gates(state_rows(x_ptr, row0, b, unit, 4 * H), wanted, H)
-    return (z - mean) * rstd, x
+        z = load_gates(state_rows(x_ptr, row0, b, own[0], 4 * H), own[1][:, None] & live[None, :], H)
+    return (z - ih[0]) * ih[1], x
+
+
+@triton.jit
+def normalised_hidden(deviation_ptr, row0, b, own, hh, live, H: tl.constexpr):
+    """ẑ_h [U, BB, 2, 2] of the rows row0 + b."""
+    z = load_gates(state_rows(deviation_ptr, row0, b, own[0], 4 * H), own[1][:, None] & live[None, :], H)
+    return (z - hh[0]) * hh[1]
 
 
 @triton.jit
@@ -97,9 +102,71 @@ def pre_activation_gradient(d_h, d_c, through, i, f, g, o, c_old):
 
 
 @triton.jit
-def sum_of_parts(parts_ptr, b, unit, wanted, batch, H: tl.constexpr, SPLITS: tl.constexpr):
-    """Partial sums [SPLITS, H, B] of one direction → [U, BB], added in their order."""
-    place = parts_ptr + unit.to(tl.int64)[:, None] * batch + b[None, :]
+def normalised_cell(c, of_c, CELL_NORM: tl.constexpr):
+    """Cell state [U, BB] → ĉ and tanh of what the output gate shows. of_c: mean, 1/σ, γ_c, β_c, each [U, 1]."""
+    normalised = c
+    shown = c
+    if CELL_NORM:
+        normalised = (c - of_c[0]) * of_c[1]
+        shown = normalised * of_c[2] + of_c[3]
+    return normalised, tanh(shown)
+
+
+@triton.jit
+def step_again(
+    saved, at, b, live, own, hh, ih, vectors, of_c, H: tl.constexpr, NARROW: tl.constexpr, CELL_NORM: tl.constexpr
+):
+    """What rows of a step were forward: ẑ_h, ẑ_x, x of one column, gates, c_{t−1}, ĉ and tanh of the shown cell.
+
+    Args:
+        saved: pointers to deviations of W_hh h, to W_ih x and to the cell states.
+        at: first row of the step in the former two, of c_{t−1} and of c_t.
+        b, live: rows of the tile [BB] and which of them exist.
+        own: this program's units [U] and which of them exist.
+        hh, ih: mean, 1/σ and γ of both norms, [U, 1, 2, 2] each; of_c: mean, 1/σ, γ and β of the cell's, [U, 1].
+        vectors: bias and W_ih of one column, [U, 1, 2, 2].
+    """
+    wanted = own[1][:, None] & live[None, :]  # [U, BB]
+    hidden = normalised_hidden(saved[0], at[0], b, own, hh, live, H)  # [U, BB, 2, 2]
+    given, x = normalised_input(saved[1], at[0], b, own, ih, vectors[1], live, H, NARROW)
+    i, f, g, o = gates_of(hidden * hh[2] + given * ih[2] + vectors[0])  # [U, BB] each
+    c_old = tl.load(state_rows(saved[2], at[1], b, own[0], H), mask=wanted, other=0.0)
+    c_new = tl.load(state_rows(saved[2], at[2], b, own[0], H), mask=wanted, other=0.0)
+    c_hat, through = normalised_cell(c_new, of_c, CELL_NORM)
+    return hidden, given, x, i, f, g, o, c_old, c_hat, through
+
+
+@triton.jit
+def output_gradient(given, row0, b, n, n_next, own, H: tl.constexpr, ROWS: tl.constexpr):
+    """Gradient of the rows row0 + b of the output, and of h_n where a sequence ends in this step → [U, BB] float32.
+
+    given: pointers to both.
+    """
+    wanted = own[1][:, None] & (b < n)[None, :]
+    last = wanted & (b >= n_next)[None, :]
+    d_h = tl.load(state_rows(given[1], 0, b, own[0], H), mask=last, other=0.0).to(tl.float32)
+    if ROWS:
+        d_h += tl.load(state_rows(given[0], row0, b, own[0], H), mask=wanted, other=0.0).to(tl.float32)
+    return d_h
+
+
+@triton.jit
+def first_rows(tile, U: tl.constexpr):
+    """The first U rows of a tile [M, BB], whose other rows are zeros."""
+    M: tl.constexpr = tile.shape[0]
+    if M > U:
+        tile = tl.sum(tl.reshape(tile, (M // U, U, tile.shape[1])), 0)
+    return tile
+
+
+@triton.jit
+def sum_of_parts(parts_ptr, b, n_next, own, batch, H: tl.constexpr, SPLITS: tl.constexpr):
+    """Partial sums [SPLITS, B, H] of one direction, of the rows that were live in the step behind → [U, BB].
+
+    Added in their order.
+    """
+    wanted = own[1][:, None] & (b < n_next)[None, :]
+    place = state_rows(parts_ptr, 0, b, own[0], H)
     total = tl.load(place, mask=wanted, other=0.0, cache_modifier=".cg")  # other programs wrote it
     for _ in tl.static_range(1, SPLITS):
         place += H * batch.to(tl.int64)
@@ -108,59 +175,43 @@ def sum_of_parts(parts_ptr, b, unit, wanted, batch, H: tl.constexpr, SPLITS: tl.
 
 
 @triton.jit
-def normalised_cell(c, norm, CELL_NORM: tl.constexpr):
-    """Cell state [U, BB] → ĉ and tanh of what the output gate shows. norm: mean, 1/σ, γ_c, β_c, each [U, 1]."""
-    normalised = c
-    shown = c
-    if CELL_NORM:
-        normalised = (c - norm[0]) * norm[1]
-        shown = normalised * norm[2] + norm[3]
-    return normalised, tanh(shown)
-
-
-@triton.jit
-def step_again(
-    deviation_ptr,
-    x_ptr,
-    c_ptr,
+def store_norm_gradients(
+    into,
     row0,
-    source,
-    target,
     b,
-    live,
-    unit,
-    owned_unit,
+    n,
+    held,
+    own,
+    d_a,
+    hidden,
+    given,
     hh,
     ih,
-    bias,
-    column_weight,
-    cell_norm,
+    sums,
+    inverse,
     H: tl.constexpr,
-    NARROW: tl.constexpr,
-    CELL_NORM: tl.constexpr,
+    KEEP_X: tl.constexpr,
+    STORE_X: tl.constexpr,
+    SUMMED_LATER: tl.constexpr,
 ):
-    """What rows of a step were forward: ẑ_h, ẑ_x, x of one column, gates, c_{t−1}, ĉ and tanh of the shown cell.
+    """Backward of the hidden and the input norm for the rows row0 + b; gives the input's, [U, BB, 2, 2].
 
-    hh, ih: mean, 1/σ and γ of both norms, [U, 1, 2, 2] each.
+    Args:
+        into: pointers to where both go. Of rows n..held zeros are written.
+        d_a, hidden, given: gradient of the pre-activations, ẑ_h and ẑ_x, [U, BB, 2, 2].
+        hh, ih: mean, 1/σ and γ of both norms, [U, 1, 2, 2].
+        sums: over the step's rows, of d_a, d_a·ẑ_h and d_a·ẑ_x, [U, 2, 2].
+        inverse: 1/(n+κ).
     """
-    wanted = owned_unit[:, None] & live[None, :]  # [U, BB]
-    hidden = (load_gates(state_rows(deviation_ptr, row0, b, unit, 4 * H), wanted, H) - hh[0]) * hh[1]  # [U, BB, 2, 2]
-    given, x = normalised_input(x_ptr, row0, b, live, unit, wanted, column_weight, ih[0], ih[1], H, NARROW)
-    i, f, g, o = gates_of(hidden * hh[2] + given * ih[2] + bias)  # [U, BB] each
-    c_old = tl.load(state_rows(c_ptr, source, b, unit, H), mask=wanted, other=0.0)
-    c_new = tl.load(state_rows(c_ptr, target, b, unit, H), mask=wanted, other=0.0)
-    c_hat, through = normalised_cell(c_new, cell_norm, CELL_NORM)
-    return hidden, given, x, i, f, g, o, c_old, c_hat, through
-
-
-@triton.jit
-def load_output_gradient(
-    d_rows_ptr, d_h_ptr, row0, b, live, n_next, unit, owned_unit, H: tl.constexpr, ROWS: tl.constexpr
-):
-    """Gradient of the rows row0 + b of the output, and of h_n where a sequence ends in this step → [U, BB] float32."""
-    wanted = owned_unit[:, None] & live[None, :]
-    last = wanted & (b >= n_next)[None, :]
-    d_h = tl.load(state_rows(d_h_ptr, 0, b, unit, H), mask=last, other=0.0).to(tl.float32)
-    if ROWS:
-        d_h += tl.load(state_rows(d_rows_ptr, row0, b, unit, H), mask=wanted, other=0.0).to(tl.float32)
-    return d_h
+    live = (b < n)[None, :, None, None]
+    stored = own[1][:, None] & (b < held)[None, :]  # [U, BB]
+    sum_dy = sums[0][:, None, :, :]
+    d_z = norm_gradient(d_a, hidden, hh[1] * hh[2], sum_dy, sums[1][:, None, :, :], inverse)
+    d_x = d_a
+    if KEEP_X and not SUMMED_LATER:
+        d_x = tl.where(live, norm_gradient(d_a, given, ih[1] * ih[2], sum_dy, sums[2][:, None, :, :], inverse), 0.0)
+    tl.debug_barrier()  # the same memory may have held what other threads have read above
+    store_gates(state_rows(into[0], row0, b, own[0], 4 * H), stored, tl.where(live, d_z, 0.0), H)
+    if STORE_X:
+        store_gates(state_rows(into[1], row0, b, own[0], 4 * H), stored, d_x, H)
+    return d_x

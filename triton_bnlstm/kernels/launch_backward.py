@@ -125,13 +125,14 @@ def backward(
         walk = rows.batch > config.batch_tile
         parts = scratch = nothing
         if config.divided:
-            parts = floats(directions, config.splits, hidden, rows.batch)
+            parts = floats(directions, config.splits, rows.batch, hidden)
         if walk:
             scratch = floats(directions, rows.batch, 5 * hidden)
         constants = {
             "SPLITS": config.splits,
             "GROUPS": config.groups,
             "PB": config.product_tile(rows.batch),
+            "ONE_TILE": config.groups * config.product_tile(rows.batch) >= rows.batch,
             "WALK": walk,
         }
         phases = ({},)
