@@ -128,8 +128,12 @@ def _laid_out(
     extent = -(-4 * hidden // (splits * RESIDENT_INNER)) * RESIDENT_INNER
     if sequence and matrix and (rows_of_product + columns) * extent * size <= room:
         state = columns * extent * size // (4 * device.warp * warps)  # registers of a thread
-        if state <= MOST_REGISTERS_OF_STATE // 2:
+        # two groups of four warps that share 64 rows divide the columns, and take twice the instructions and registers
+        shared = device.multiplies_in_groups(rows_of_product) and rows_of_product < 16 * warps
+        if state <= MOST_REGISTERS_OF_STATE // 2 and not shared:
             return replace(layout, inner=RESIDENT_INNER, resident=True, warps=warps)
     inner = 128 // size if matrix else 16
-    stages = max(1, min(4 if matrix else 1, room // ((rows_of_product + columns) * inner * size)))
+    # what a step was forward waits for the product: beside it a deeper pipeline is unrolled until its addresses spill
+    deepest = (4 if layout.divided else 2) if matrix else 1
+    stages = max(1, min(deepest, room // ((rows_of_product + columns) * inner * size)))
     return replace(layout, inner=inner, warps=warps, stages=stages)

@@ -130,12 +130,12 @@ class Device:
             return False
         return dtype != torch.float32 or precision == "tf32"
 
-    def multiplies_in_groups(self, units: int) -> bool:
-        """Whether products of 4U rows are those of four warps together: from 64 rows on, Hopper and B200.
+    def multiplies_in_groups(self, rows: int) -> bool:
+        """Whether products of so many rows are those of four warps together: from 64 rows on, Hopper and B200.
 
         Those take their operands from shared memory as a whole; beside a resident slice they spill.
         """
-        return self.capability // 10 in (9, 10) and 4 * units >= 64
+        return self.capability // 10 in (9, 10) and rows >= 64
 
     def resident_programs(self, shared: int, registers: int, warps: int) -> int:
         """Programs that run at the same time on the whole device.
@@ -243,7 +243,7 @@ def default_config(
 
     room = device.shared_per_program - SPARE_SHARED
     stays = (4 * units + tile) * whole * size <= room and (split_batch or tile >= batch)
-    if sequence and matrix and stays and not device.multiplies_in_groups(units):
+    if sequence and matrix and stays and not device.multiplies_in_groups(4 * units):
         # all loads of a step's state are on their way at once, through registers
         state = tile * whole * size // (4 * device.warp)  # of all warps' threads together
         several = warps if state <= warps * MOST_REGISTERS_OF_STATE // 2 else 8

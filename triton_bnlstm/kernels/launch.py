@@ -300,10 +300,10 @@ class _Launch(NamedTuple):
 
 
 def _prepare(kernel: Any, arguments: Arguments, shared: dict[str, Any], case: Case, config: Config) -> _Launch:
-    programs = arguments.grid[0]
+    programs, device = arguments.grid[0], device_of(case.device)
     sync = "none"
     if config.sequence and programs > 1:
-        sync = "interpreted" if interpreted() else _sync_of(config, device_of(case.device))
+        sync = "interpreted" if interpreted() else _sync_of(config, device)
     meetings = math.prod(arguments.grid[1:])
     # zeros: a launch counts up from there
     counter = arguments.tensors[0]
@@ -321,7 +321,7 @@ def _prepare(kernel: Any, arguments: Arguments, shared: dict[str, Any], case: Ca
         **shared,
         **arguments.constants,
     }
-    return _Launch(arguments, counter, constants, launch_options(config, sync))
+    return _Launch(arguments, counter, constants, launch_options(config, sync, device))
 
 
 def _sync_of(config: Config, device: Device) -> str:
@@ -329,15 +329,15 @@ def _sync_of(config: Config, device: Device) -> str:
     return "drain" if device.capability == 90 and config.product_rows >= 64 else "assert"
 
 
-def launch_options(config: Config, sync: str) -> dict[str, Any]:
+def launch_options(config: Config, sync: str, device: Device) -> dict[str, Any]:
     """Triton's options of a recurrent kernel."""
     options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
+    if device.backend == "cuda":
+        # A multiprocessor has one program. ptxas does not know, and saves registers for others: loads of the state
+        # would wait for each other, and a few values be spilled.
+        options["maxnreg"] = min(255, 65536 // (32 * config.warps))
     if sync in ("assert", "drain"):
         options["launch_cooperative_grid"] = True  # all programs at once, or an error
-        if config.resident:
-            # A multiprocessor has one program. ptxas does not know, and saves registers for a second one: loads of the
-            # state would wait for each other.
-            options["maxnreg"] = min(255, 65536 // (32 * config.warps))
     if sync == "assert":
         options |= _ASSERTING
     return options
