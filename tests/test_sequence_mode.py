@@ -21,19 +21,21 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 from tests.concurrent import ProgramsError, program_place, programs_at_once
-from triton_bnlstm.kernels import forward, inference, launch
-from triton_bnlstm.kernels.config import Config, use_config
+from triton_bnlstm.kernels import backward, forward, inference, launch
+from triton_bnlstm.kernels.config import BackwardConfig, Config, use_config
 
 need_kernels()
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="kernels are compiled here: they run on a GPU")
 
 STEPS = 3
 PLAIN = Config(sequence=True, units=4, batch_tile=16, inner=16, resident=False, warps=4, stages=1)
+BACKWARD = BackwardConfig(sequence=True, units=4, batch_tile=16, inner=16, resident=False, warps=4, stages=1)
+DIVIDED = replace(BACKWARD, splits=2)
 RESIDENT = replace(PLAIN, resident=True)
 EQUAL = None
 RAGGED = (2, 3, 1, 3, 2)
 RAGGED_TILES = (3, 1) * 9  # at first 18 rows in two tiles of 16, from the second step on 9 rows in one
-KERNELS = {"forward": forward, "inference": inference}
+KERNELS = {"forward": forward, "inference": inference, "backward": backward, "backward in parts": backward}
 
 of_lengths = pytest.mark.parametrize("lengths", [EQUAL, RAGGED], ids=["equal", "ragged"])
 of_tiles = pytest.mark.parametrize("lengths", [EQUAL, RAGGED_TILES], ids=["equal", "ragged"])
@@ -44,20 +46,37 @@ of_mode = pytest.mark.parametrize("training", [False, True], ids=["eval", "train
 of_kernels = pytest.mark.parametrize("kernel", KERNELS)
 
 
-def run(config, *, training=True, hidden=8, batch=5, lengths=EQUAL, grad=True, input_size=3, limit=60.0, **options):
-    """Every tensor that a call gives or changes by name, and the grids of the launches whose programs met."""
+def run(
+    config,
+    *,
+    backward=None,
+    training=True,
+    hidden=8,
+    batch=5,
+    lengths=EQUAL,
+    grad=True,
+    input_size=3,
+    limit=60.0,
+    **options,
+):
+    """Every tensor that a call gives or changes by name, and the grids of the launches whose programs met.
+
+    backward: the layout of that kernel, None for one in step mode.
+    """
     options = {"bidirectional": True, "cell_norm": True, **options}
     layer = make_layer(input_size, hidden, dtype=torch.float32, backend="triton", **options).train(training)
     directions = 2 if options["bidirectional"] else 1
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(STEPS, batch, input_size, generator=generator).requires_grad_(grad)
     hx = tuple(torch.randn(directions, batch, hidden, generator=generator) for _ in range(2))
-    with torch.set_grad_enabled(grad), use_config(config), programs_at_once(limit) as grids:
+    layout = backward or replace(BACKWARD, sequence=False)
+    with torch.set_grad_enabled(grad), use_config(config, backward=layout), programs_at_once(limit) as grids:
         output, (h_n, c_n) = layer(x, hx, lengths and list(lengths))
+        if grad:  # made from the states of all steps: a wrong cell state in between would show here
+            (output.square().sum() + h_n.sum() + c_n.square().sum()).backward()
     found = {"output": output.detach(), "h_n": h_n.detach(), "c_n": c_n.detach()}
     found |= {name: buffer.clone() for name, buffer in layer.named_buffers()}
-    if grad:  # made from the states of all steps: a wrong cell state in between would show here
-        (output.square().sum() + h_n.sum() + c_n.square().sum()).backward()
+    if grad:
         found |= {f"gradient of {name}": p.grad for name, p in layer.named_parameters()}
         found["gradient of x"] = x.grad
     return found, grids
@@ -66,7 +85,9 @@ def run(config, *, training=True, hidden=8, batch=5, lengths=EQUAL, grad=True, i
 @cache
 def run_by_steps(**case):
     config = case.pop("config", PLAIN)
-    found, met = run(replace(config, sequence=False), **case)
+    back = case.pop("backward", None)
+    back = back and replace(back, sequence=False)
+    found, met = run(replace(config, sequence=False), backward=back, **case)
     assert met == []
     return found
 
@@ -77,10 +98,10 @@ def differing(a, b):
     return [name for name in a if not torch.equal(a[name], b[name])]
 
 
-def assert_same_as_steps(grid, **case):
-    """Sequence mode ran in one launch with this grid and gave what step mode gives."""
+def assert_same_as_steps(*grids, **case):
+    """Sequence mode ran in launches with these grids and gave what step mode gives."""
     found, met = run(**{"config": PLAIN, **case})
-    assert met == [grid]
+    assert met == list(grids)
     assert differing(found, run_by_steps(**case)) == []
 
 
@@ -112,6 +133,37 @@ def test_evaluation_splits_the_batch(lengths, grad):
     assert_same_as_steps((2, 2, 2), training=False, batch=18, lengths=lengths, grad=grad, cell_norm=False)
 
 
+@of_cells
+@of_lengths
+@pytest.mark.parametrize("save", ["preactivations", "recompute"])
+@pytest.mark.parametrize(
+    "layout", [BACKWARD, DIVIDED, replace(DIVIDED, resident=True)], ids=["whole", "parts", "resident"]
+)
+def test_backward_is_step_mode(layout, save, lengths, cell_norm):
+    """With the product of a program's own units, and with partial sums behind a second barrier."""
+    assert_same_as_steps((2, 2), (2, 2), backward=layout, lengths=lengths, cell_norm=cell_norm, save=save)
+
+
+@of_tiles
+@pytest.mark.parametrize("layout", [BACKWARD, replace(DIVIDED, groups=2)], ids=["whole", "parts"])
+def test_backward_walks_a_batch_of_several_tiles(layout, lengths):
+    grid = (4, 1) if layout.divided else (2, 1)
+    assert_same_as_steps((2, 1), grid, backward=layout, lengths=lengths, batch=18, bidirectional=False)
+
+
+@pytest.mark.parametrize("layout", [BACKWARD, DIVIDED], ids=["whole", "parts"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_backward_of_one_column(layout, training):
+    forward_grid = (2, 2) if training else (2, 1, 2)
+    assert_same_as_steps(forward_grid, (2, 2), backward=layout, input_size=1, lengths=RAGGED, training=training)
+
+
+def test_backward_with_more_parts_of_the_product_than_units():
+    """Twelve units are three programs' cells, and four parts of a product of two times eight units."""
+    layout = replace(DIVIDED, splits=2, inner=32)
+    assert_same_as_steps((3, 1), (4, 1), backward=layout, hidden=12, bidirectional=False)
+
+
 @of_mode
 @pytest.mark.parametrize(
     ("config", "hidden", "programs"),
@@ -135,16 +187,21 @@ def test_narrow_input(training):
 
 
 def case_of(kernel, tiles=1):
-    return {"training": kernel == "forward", "batch": 18 if tiles > 1 else 5, "grad": False}
+    """A call in which programs of this kernel alone meet."""
+    case = {"training": kernel != "inference", "batch": 18 if tiles > 1 else 5, "grad": kernel.startswith("backward")}
+    if case["grad"]:
+        back = DIVIDED if kernel == "backward in parts" else BACKWARD
+        return {**case, "config": replace(PLAIN, sequence=False), "backward": back}
+    return {**case, "config": PLAIN}
 
 
-@pytest.mark.parametrize(
-    ("kernel", "slow"),
-    [("forward", (0, 0, 0)), ("forward", (1, 1, 0)), ("inference", (0, 0, 0)), ("inference", (1, 1, 1))],
-)
+@pytest.mark.parametrize("slow", [(0, 0, 0), (1, 1, 0)], ids=str)
+@of_kernels
 def test_a_slow_program_is_waited_for(monkeypatch, kernel, slow):
     """By its own direction and tile alone: the others are steps ahead, and their arrivals must not count here."""
     module, case = KERNELS[kernel], case_of(kernel, tiles=2)
+    if kernel == "inference" and slow != (0, 0, 0):
+        slow = (1, 1, 1)
     real_arrive = module.arrive
 
     def arrive(counter_ptr):
@@ -154,7 +211,7 @@ def test_a_slow_program_is_waited_for(monkeypatch, kernel, slow):
         time.sleep(pause)  # what the others read from now on has been stored before
 
     monkeypatch.setattr(module, "arrive", arrive)
-    found, met = run(PLAIN, **case)
+    found, met = run(**case)
     monkeypatch.undo()
     assert len(met) == 1
     assert differing(found, run_by_steps(**case)) == []
@@ -162,29 +219,31 @@ def test_a_slow_program_is_waited_for(monkeypatch, kernel, slow):
 
 # the layer, too, sees what a training step with garbage in it has given
 @pytest.mark.filterwarnings("ignore:1 training step:RuntimeWarning")
-@pytest.mark.parametrize("missing", [1, 2 * STEPS], ids=["one_arrival", "all_arrivals"])
+@pytest.mark.parametrize("missing", [1, 4 * STEPS], ids=["one_arrival", "all_arrivals"])
 @pytest.mark.parametrize("tiles", [1, 2])
 @of_kernels
 def test_a_barrier_that_does_not_wait_is_seen(monkeypatch, kernel, tiles, missing):
     """What the tests above would say if the barrier returned too early.
 
     Luck has no part in it: one program holds still until the other is a step ahead, and a right barrier would never
-    let it get there.
+    let it get there. Partial sums are first exchanged in the second step, between whose two barriers it is held.
     """
     module, case = KERNELS[kernel], case_of(kernel, tiles)
+    held_at = 4 if kernel == "backward in parts" else 0
     real_wait = module.wait
 
     def wait(counter_ptr, target, *how):
-        if program_place()[0] == 0 and target == 0:
-            while tl.atomic_add(counter_ptr, 0) < 2:
+        if program_place()[0] == 0 and target == held_at:
+            while tl.atomic_add(counter_ptr, 0) < held_at + 2:
                 pass
         real_wait(counter_ptr, target - missing, *how)
 
     monkeypatch.setattr(module, "wait", wait)
-    found, met = run(PLAIN, **case)
+    found, met = run(**case)
     monkeypatch.undo()
     assert len(met) == 1
-    assert {"output", "h_n", "c_n"} <= set(differing(found, run_by_steps(**case)))
+    wrong = {"gradient of x", "gradient of weight_hh_l0"} if case["grad"] else {"output", "h_n", "c_n"}
+    assert wrong <= set(differing(found, run_by_steps(**case)))
 
 
 @of_kernels
@@ -199,7 +258,7 @@ def test_a_program_that_never_arrives_is_told(monkeypatch, kernel):
 
     monkeypatch.setattr(module, "arrive", arrive)
     with pytest.raises(ProgramsError, match=r"not finished after 5 s: \(0, 0, 0\), \(1, 0, 0\)$"):
-        run(PLAIN, limit=5.0, **case_of(kernel))
+        run(limit=5.0, **case_of(kernel))
 
 
 def test_a_program_that_raises_is_told(monkeypatch):

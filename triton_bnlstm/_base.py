@@ -68,6 +68,7 @@ class BNLSTMBase(nn.Module):
         recurrent_init: str,
         forget_bias: float,
         initial_noise: float,
+        save: str,
         backend: str | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -86,6 +87,7 @@ class BNLSTMBase(nn.Module):
         self.recurrent_init = checks.choice("recurrent_init", recurrent_init, RECURRENT_INITS)
         self.forget_bias = checks.real("forget_bias", forget_bias)
         self.initial_noise = checks.real("initial_noise", initial_noise, minimum=0)
+        self.save = checks.choice("save", save, functional.SAVES)
         self.backend = None if backend is None else checks.choice("backend", backend, BACKENDS)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating dtype, got {dtype}")
@@ -333,7 +335,7 @@ class BNLSTMBase(nn.Module):
                     raise ValueError(f"weight_ih{suffix} and weight_hh{suffix} {shapes} are not of this layer's size")
                 calls.append(Call(turned, h, c, parameters, problem))
             outputs = []
-            for direction, ran in enumerate(run(calls, backend)):
+            for direction, ran in enumerate(run(calls, backend, self.save)):
                 outputs.append(ran.rows if direction == 0 or mirrored is None else ran.rows.index_select(0, mirrored))
                 h_n.append(ran.h_n)
                 c_n.append(ran.c_n)

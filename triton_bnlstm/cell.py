@@ -71,6 +71,7 @@ class BNLSTMCell(BNLSTMBase):
             recurrent_init=recurrent_init,
             forget_bias=forget_bias,
             initial_noise=0.0,
+            save="preactivations",
             backend=backend,
             device=device,
             dtype=dtype,

@@ -16,6 +16,7 @@ from .reference import Call, Parameters, Problem, accumulation_dtype
 from .statistics import Population, Statistics, population_at_steps, resolve_statistics, training_population
 
 INPUT_STATS = ("time", "sequence")
+SAVES = ("preactivations", "recompute")
 
 
 class Result(NamedTuple):
@@ -92,6 +93,7 @@ def bn_lstm(
     input_stats: str = "time",
     prior_count: float | None = None,
     eps: float = 1e-5,
+    save: str = "preactivations",
     backend: str | None = None,
 ) -> Result:
     """Batch-normalised LSTM of Cooijmans et al. 2016, equations (6)–(8), over one layer in one direction.
@@ -113,6 +115,7 @@ def bn_lstm(
         input_stats: statistics of W_x x per time step ("time") or over all valid steps ("sequence").
         prior_count: at most so many phantom rows per step; None: every vacated seat; 0: none.
         eps: ε added to variances.
+        save: what the kernels keep of W_hh h for their backward, "preactivations" or "recompute"; see `BNLSTM`.
         backend: "auto", "reference" or "triton"; None: what `use_backend` or TRITON_BNLSTM_BACKEND say, else "auto".
 
     Raises:
@@ -125,6 +128,7 @@ def bn_lstm(
         raise TypeError(f"statistics must be Statistics, got {type(statistics).__name__}")
     checks.flag("training", training)
     checks.flag("reverse", reverse)
+    checks.choice("save", save, SAVES)
     if backend is not None:
         checks.choice("backend", backend, BACKENDS)
     checks.choice("input_stats", input_stats, INPUT_STATS)
@@ -155,7 +159,7 @@ def bn_lstm(
     population = population_of(statistics, packing, start, training, over_time, prior_count)
     x = x.index_select(0, packing.mirror) if reverse else x
     call = Call(x, h, c, parameters, Problem(packing, population, over_time, eps))
-    rows, h_n, c_n, moments = run([call], backend)[0]
+    rows, h_n, c_n, moments = run([call], backend, save)[0]
     rows = rows.index_select(0, packing.mirror) if reverse else rows
     return Result(from_rows(rows, packing, input, False), packing.unseat(h_n), packing.unseat(c_n), moments)
 

@@ -182,8 +182,9 @@ def backward(
     reused = not _graph_is_kept()
 
     of_hidden = _hidden_side(ran, calls, rows, weight_needed=needed.weight_hh)
-    own = ran.deviation is None or reused
-    d_hidden = of_hidden.deviation if own else torch.empty_like(of_hidden.deviation)
+    d_hidden = of_hidden.deviation
+    if ran.deviation is not None and not reused:
+        d_hidden = launch.empty(*d_hidden.shape, dtype=dtype, device=device)
     column_needed = narrow and needed.weight_ih and not later
     d_input = None
     if needed.x or (needed.weight_ih and not column_needed):

@@ -1,0 +1,413 @@
+"""The backward on the kernels, against the float64 oracle: every division of its product, every way of being called."""
+
+from __future__ import annotations
+
+import copy
+import math
+from contextlib import nullcontext
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from tests.kernel_cases import (
+    DEVICE,
+    FLOAT16,
+    FLOAT32,
+    backward,
+    check,
+    close,
+    device_lengths,
+    kernel_layer,
+    one_program,
+    step_mode,
+)
+from tests.support import need_kernels
+
+pytest.importorskip("triton")
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from triton_bnlstm import dispatch, fused_backward
+from triton_bnlstm.kernels import launch, launch_backward
+from triton_bnlstm.kernels.config import use_config
+from triton_bnlstm.kernels.errors import KernelError
+
+need_kernels()
+pytestmark = pytest.mark.usefixtures("bands")
+
+LENGTHS = {"equal": None, "ragged": [6, 2, 5, 1, 6]}
+SAVES = ("preactivations", "recompute")
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["streamed", "resident"])
+@pytest.mark.parametrize(("splits", "groups"), [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2)])
+def test_divisions_of_the_product(splits, groups, resident):
+    """Nine units in programs of four; 36 columns of dz in blocks of 16, so that some parts have less or nothing."""
+    layer = kernel_layer(3, 9, cell_norm=True)
+    with use_config(step_mode(), backward=backward(splits=splits, groups=groups, resident=resident, tile=32)):
+        check(layer, torch.randn(6, 20, 3), [6] * 9 + [5] * 8 + [2, 1, 1])
+
+
+@pytest.mark.parametrize("cell_norm", [False, True], ids=["", "cell norm"])
+@pytest.mark.parametrize(("splits", "groups"), [(1, 1), (2, 1), (2, 2), (1, 4)])
+def test_a_walked_batch(splits, groups, cell_norm):
+    """More rows than a tile has, more than all tiles of the product that are worked on at once; then fewer than one."""
+    layer = kernel_layer(2, 7, cell_norm=cell_norm)
+    with use_config(step_mode(), backward=backward(splits=splits, groups=groups)):
+        check(layer, torch.randn(4, 42, 2), [4] * 18 + [3] * 13 + [2] * 9 + [1] * 2)
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+@pytest.mark.parametrize("input_stats", ["time", "sequence"])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_walked_batch_of_every_input(columns, input_stats, where, monkeypatch):
+    if where == "device":
+        device_lengths(monkeypatch)
+    layer = kernel_layer(columns, 5, input_stats=input_stats)
+    with use_config(step_mode(), backward=backward(splits=2)):
+        check(layer, torch.randn(3, 20, columns), [3] * 11 + [2] * 6 + [1] * 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("save", SAVES)
+def test_what_is_kept_does_not_matter(save, columns, lengths, dtype):
+    layer = kernel_layer(columns, 5, dtype=dtype, cell_norm=True, save=save)
+    bound = FLOAT32 if dtype == torch.float32 else FLOAT16
+    with use_config(step_mode(), backward=backward(splits=2)):
+        check(layer, torch.randn(6, 5, columns).to(dtype), LENGTHS[lengths], bound=bound)
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_recomputing_is_relative_to_deviations(where, monkeypatch):
+    """Rows that are almost the same: in half precision W_hh h has to be made from what they differ in.
+
+    With h rounded as it stands, W_hh h would be off by 2⁻¹² of itself, which is more than its deviation; so would dz,
+    whose rows add up to nothing, in the product that is W_hh's gradient.
+    """
+    if where == "device":
+        device_lengths(monkeypatch)
+    x = (torch.randn(1, 16, 3) + 1e-3 * torch.randn(4, 16, 3)).half()
+    h_0 = torch.randn(5).expand(1, 16, 5) + 2e-3 * torch.randn(1, 16, 5)
+    hx = h_0.half(), torch.randn(1, 16, 5).half()
+    found = []
+    for save in SAVES:
+        layer = kernel_layer(3, 5, dtype=torch.float16, save=save, eps=1e-8)
+        with use_config(step_mode()):
+            output = layer(x.to(DEVICE), tuple(s.to(DEVICE) for s in hx), lengths=[4, 4] * 8)[0]
+        weight = torch.linspace(-1, 1, output.numel(), device=DEVICE).view(output.shape)
+        found.append(torch.autograd.grad((output * weight).sum(), list(layer.parameters())))
+    wide = kernel_layer(3, 5, dtype=torch.float32, eps=1e-8)
+    with use_config(step_mode()):
+        output = wide(x.float().to(DEVICE), tuple(s.float().to(DEVICE) for s in hx))[0]
+    expected = torch.autograd.grad((output * weight.float()).sum(), list(wide.parameters()))
+    for name, *both, e in zip(dict(wide.named_parameters()), *found, expected, strict=True):
+        for a in both:
+            close(name, a, e.double().cpu(), 10 * FLOAT16)
+
+
+OUTPUTS = ("output", "h_n", "c_n")
+
+
+@pytest.mark.parametrize("chosen", [s for k in (1, 2, 3) for s in combinations(range(3), k)], ids=str)
+@pytest.mark.parametrize("lengths", [None, [4, 1, 3]], ids=["equal", "ragged"])
+def test_any_subset_of_the_outputs(chosen, lengths):
+    layer = kernel_layer(2, 4, bidirectional=True, cell_norm=True)
+    twin = copy.deepcopy(layer)
+    twin.backend = "reference"
+    given = [torch.randn(4, 3, 2, device=DEVICE), *torch.randn(2, 2, 3, 4, device=DEVICE)]
+    found = []
+    for model in (layer, twin):
+        x, h_0, c_0 = (s.clone().requires_grad_() for s in given)
+        output, states = model(x, (h_0, c_0), lengths=lengths)
+        results = [(output, *states)[k] for k in chosen]
+        torch.manual_seed(3)
+        among = [x, h_0, c_0, *model.parameters()]
+        found.append(torch.autograd.grad(results, among, [torch.randn_like(r) for r in results]))
+    for a, e in zip(*found, strict=True):
+        close("", a, e.double().cpu(), 4 * FLOAT32)  # both are float32
+
+
+def reference_gradients(layer, x, gradient_of):
+    """Gradients of x and the parameters, by the reference path, for what `gradient_of` makes of the output."""
+    twin = copy.deepcopy(layer)
+    twin.backend = "reference"
+    given = x.clone().requires_grad_()
+    return torch.autograd.grad(gradient_of(twin(given)[0]), [given, *twin.parameters()])
+
+
+@pytest.mark.parametrize(
+    "gradient_of",
+    [
+        lambda y: y.sum(),  # expanded
+        lambda y: y.transpose(0, 2).square().sum(),
+        lambda y: y[::2, :, 1:].flip(2).square().sum(),
+        lambda y: (y * 0).sum(),
+        lambda y: y[-1].sum() + y[0, 0, 0],
+    ],
+    ids=["expanded", "transposed", "strided", "zero", "two steps"],
+)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_gradients_of_any_layout(bidirectional, gradient_of):
+    layer = kernel_layer(2, 4, bidirectional=bidirectional)
+    x = torch.randn(4, 3, 2, device=DEVICE)
+    expected = reference_gradients(layer, x, gradient_of)
+    given = x.clone().requires_grad_()
+    found = torch.autograd.grad(gradient_of(layer(given)[0]), [given, *layer.parameters()])
+    for a, e in zip(found, expected, strict=True):
+        close("", a, e.double().cpu(), 4 * FLOAT32)
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_gradients_of_padding_are_not_read(where, monkeypatch):
+    if where == "device":
+        device_lengths(monkeypatch)
+    layer = kernel_layer(2, 4, cell_norm=True)
+    x = torch.randn(4, 3, 2, device=DEVICE, requires_grad=True)
+    lengths = [4, 1, 3]
+    found = []
+    for filler in (0.0, math.nan):
+        output = copy.deepcopy(layer)(x, lengths=lengths)[0]
+        gradient = torch.linspace(-1, 1, output.numel(), device=DEVICE).view(output.shape).clone()
+        for b, length in enumerate(lengths):
+            gradient[length:, b] = filler
+        found.append(torch.autograd.grad(output, x, gradient)[0])
+    assert torch.equal(*found)
+
+
+class Operations(TorchDispatchMode):
+    """Counts calls of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.products += function in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+        return function(*args, **(kwargs or {}))
+
+
+def launched(monkeypatch):
+    """Constants of the recurrent backward's launches from now on."""
+    noted = []
+    run = launch._run
+
+    def noting(kernel, grid, tensors, scalars, constants, options):
+        if "STORE_X" in constants:
+            noted.append(constants)
+        run(kernel, grid, tensors, scalars, constants, options)
+
+    monkeypatch.setattr(launch, "_run", noting)
+    return noted
+
+
+@pytest.mark.parametrize(
+    ("needed", "columns", "products", "stored", "column"),
+    [
+        ("bias_l0", 3, 0, False, False),
+        ("gamma_ih_l0", 1, 0, False, False),
+        ("weight_hh_l0", 3, 1, False, False),
+        ("weight_ih_l0", 3, 1, True, False),
+        ("weight_ih_l0", 1, 0, False, True),
+        ("x", 3, 1, True, False),
+        ("x", 1, 1, True, False),
+        ("h_0", 3, 1, False, False),
+        ("c_0", 3, 0, False, False),
+    ],
+)
+def test_nothing_is_computed_that_nobody_needs(monkeypatch, needed, columns, products, stored, column):
+    layer = kernel_layer(columns, 4)
+    exact = copy.deepcopy(layer).cpu().double()
+    exact.backend = "reference"
+    given = {"x": torch.randn(4, 3, columns), "h_0": torch.randn(1, 3, 4), "c_0": torch.randn(1, 3, 4)}
+    noted = launched(monkeypatch)
+    gradients = []
+    for model, device, dtype in ((layer, DEVICE, torch.float32), (exact, "cpu", torch.float64)):
+        tensors = {name: s.to(device, dtype) for name, s in given.items()} | dict(model.named_parameters())
+        model.requires_grad_(False)
+        tensors[needed].requires_grad_()
+        output = model(tensors["x"], (tensors["h_0"], tensors["c_0"]))[0]
+        with Operations() as done:
+            gradients.append(torch.autograd.grad(output.square().sum(), tensors[needed])[0])
+        if model is layer:
+            assert done.products == products
+    # of W_ih's one column batch norm leaves a gradient of ε's size
+    close(needed, gradients[0], gradients[1], 2 * FLOAT32 if column is False else 20 * FLOAT32)
+    assert noted
+    assert all(c["STORE_X"] == stored and c["COLUMN"] == column for c in noted)
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_a_graph_may_be_kept(save):
+    """Then what was saved is left as it is; else its memory takes the gradients."""
+    layer = kernel_layer(3, 4, save=save)
+    x = torch.randn(5, 3, 3, device=DEVICE, requires_grad=True)
+    loss = layer(x)[0].square().sum()
+    among = [x, *layer.parameters()]
+    first, second = (torch.autograd.grad(loss, among, retain_graph=keep) for keep in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, among)
+
+
+@pytest.mark.parametrize(("save", "made"), [("preactivations", 0), ("recompute", 1)])
+def test_saved_memory_takes_the_gradients(bands, save, made):
+    """The backward makes nothing as large as W_hh h but what it makes again."""
+    layer = kernel_layer(3, 4, save=save)
+    x = torch.randn(5, 3, 3, device=DEVICE, requires_grad=True)
+    loss = layer(x)[0].square().sum()
+    before = len(bands)
+    loss.backward()
+    large = [size for _, size in bands[before:] if size >= 5 * 3 * 16]
+    assert len(large) == made
+
+
+def test_a_torch_that_cannot_tell_whether_the_graph_is_kept(bands, monkeypatch):
+    """What was saved is then left as it is."""
+    monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
+    assert fused_backward._graph_is_kept()
+    x = torch.randn(5, 3, 3, device=DEVICE, requires_grad=True)
+    loss = kernel_layer(3, 4)(x)[0].square().sum()
+    before = len(bands)
+    loss.backward()
+    assert len([size for _, size in bands[before:] if size >= 5 * 3 * 16]) == 2
+
+
+def test_gradients_with_a_graph_are_refused():
+    """By the kernels; "auto" takes the reference path for them."""
+    layer = kernel_layer(2, 3)
+    x = torch.randn(3, 4, 2, device=DEVICE, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"no second derivatives.*create_graph=True"):
+        torch.autograd.grad(layer(x)[0].square().sum(), x, create_graph=True)
+    torch.autograd.grad(layer(x)[0].square().sum(), x)  # nothing is left behind
+
+
+@pytest.fixture
+def auto(monkeypatch):
+    """ "auto" takes the kernels on this device, and nothing has been told yet."""
+    monkeypatch.setattr(dispatch, "KERNEL_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(dispatch, "_told", set())
+    monkeypatch.setattr(dispatch, "_failed", set())
+
+
+def test_second_derivatives_of_auto_are_the_references(auto):
+    layer = kernel_layer(2, 3)
+    layer.backend = "auto"
+    twin = copy.deepcopy(layer)
+    twin.backend = "reference"
+    x = torch.randn(3, 4, 2, device=DEVICE)
+    found = []
+    for model in (layer, twin):
+        given = x.clone().requires_grad_()
+        with (
+            pytest.warns(RuntimeWarning, match="create_graph=True.*reference path") if model is layer else nullcontext()
+        ):
+            (first,) = torch.autograd.grad(model(given)[0].square().sum(), given, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), [given, *model.parameters()]))
+    for a, e in zip(*found, strict=True):
+        close("", a, e.cpu().double(), 1e-4)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_backward_kernel_that_cannot_run(auto, monkeypatch, backend):
+    """The reference path's gradients and one warning; under "triton" the error itself."""
+    layer = kernel_layer(2, 3, bidirectional=True)
+    layer.backend = backend
+    layer.weight_hh_l0.requires_grad_(False)
+    x = torch.randn(3, 4, 2, device=DEVICE, requires_grad=True)
+    among = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    expected = torch.autograd.grad(copy.deepcopy(layer)(x)[0].square().sum(), x)[0]
+
+    def broken(*_, **__):
+        raise KernelError("out of luck")
+
+    monkeypatch.setattr(launch_backward, "recur", broken)
+    loss = layer(x)[0].square().sum()
+    if backend == "triton":
+        with pytest.raises(KernelError, match="out of luck"):
+            torch.autograd.grad(loss, among)
+        return
+    with pytest.warns(RuntimeWarning, match="a kernel could not run here .out of luck"):
+        found = torch.autograd.grad(loss, among)
+    close("x", found[0], expected.double().cpu(), 4 * FLOAT32)
+    assert not any(f.requires_grad for f in found)
+    assert dispatch._failed  # from now on this case is the reference path's altogether
+
+
+@hypothesis_settings(max_examples=15)
+@given(
+    data=st.data(),
+    steps=st.integers(1, 4),
+    batch=st.integers(2, 40),
+    hidden=st.integers(1, 18),
+    columns=st.integers(1, 4),
+    cell_norm=st.booleans(),
+    splits=st.sampled_from([1, 2, 4]),
+    groups=st.sampled_from([1, 2]),
+    inner=st.sampled_from([16, 32]),
+    resident=st.booleans(),
+    save=st.sampled_from(SAVES),
+    input_stats=st.sampled_from(["time", "sequence"]),
+)
+def test_any_shape(data, steps, batch, hidden, columns, cell_norm, splits, groups, inner, resident, save, input_stats):
+    lengths = data.draw(st.lists(st.integers(1, steps), min_size=batch, max_size=batch))
+    lengths[0] = steps
+    layout = backward(units=8, inner=inner, splits=splits, groups=groups, resident=resident)
+    # a step with one row of a large batch has no deviations to be relative to: ε stands in for them
+    layer = kernel_layer(
+        columns, hidden, cell_norm=cell_norm, max_length=3, eps=0.1, save=save, input_stats=input_stats
+    )
+    with use_config(one_program(32), backward=layout):
+        check(layer, torch.randn(steps, batch, columns), lengths)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="memory is not really taken on a CPU alone; tests/test_gpu.py has its own")
+@pytest.mark.parametrize("directions", [1, 2])
+def test_offsets_beyond_32_bits(directions):
+    """The last rows of tensors with more than 2³¹ elements, of which no others are ever touched."""
+    hidden, batch = 64, 2
+    rows = 2**31 // (4 * hidden * directions) + 16 * directions
+    made = {
+        name: torch.randn(directions, batch, size)
+        for name, size in (("deviation", 4 * hidden), ("x", 4 * hidden), ("c", hidden), ("d_rows", hidden))
+    }
+    weight = torch.randn(directions, hidden, 4 * hidden).half() * 0.2
+    table = torch.randn(2, directions, 1, 4 * hidden).abs()
+    vectors, d_c = torch.randn(4, directions, 4 * hidden), torch.randn(directions, batch, hidden)
+    found = []
+    for held in (rows, batch):
+
+        def at_the_end(name, dtype=torch.float16, before=0, held=held):
+            whole = torch.empty(directions, before + held, made[name].shape[2], dtype=dtype)
+            whole[:, -batch:] = made[name].to(dtype)
+            return whole
+
+        kept = launch_backward.Kept(
+            at_the_end("deviation"), at_the_end("x"), at_the_end("c", torch.float32, batch), table, table, None
+        )
+        kept.c[:, -2 * batch : -batch] = made["c"].flip(1)  # c_{t−1}
+        d_hidden, d_input = (torch.empty_like(kept.x) for _ in range(2))
+        gradients = launch_backward.Given(at_the_end("d_rows"), torch.zeros_like(d_c).half(), d_c.clone())
+        shape = launch.Rows(
+            torch.tensor([held - batch, held]), torch.tensor([batch], dtype=torch.int32), 1, held, batch
+        )
+        sums = launch_backward.backward(
+            kept,
+            gradients,
+            launch_backward.Wanted(d_hidden, d_input, False, False, False),
+            weight,
+            vectors,
+            None,
+            torch.full((directions, 1), 0.5),
+            shape,
+            backward(units=64, inner=64),
+        )
+        found.append([d_hidden[:, -batch:], d_input[:, -batch:], gradients.c_n, sums.columns])
+    for far, near in zip(*found, strict=True):
+        assert torch.equal(far, near)
+        assert (near != 0).float().mean() > 0.9  # float16 has nothing below 6e-8
