@@ -73,7 +73,7 @@ def ran(monkeypatch):
     names: list[str] = []
     for name, module in (("triton", fused), ("reference", bptt)):
         layer = module.layer
-        monkeypatch.setattr(module, "layer", lambda call, name=name, layer=layer: names.append(name) or layer(call))
+        monkeypatch.setattr(module, "layer", lambda *call, name=name, layer=layer: names.append(name) or layer(*call))
     monkeypatch.setattr(dispatch, "_told", set())
     monkeypatch.setattr(dispatch, "_failed", set())
     return names

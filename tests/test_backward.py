@@ -313,6 +313,19 @@ def test_second_derivatives_of_auto_are_the_references(auto):
         close("", a, e.cpu().double(), 1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*create_graph=True:RuntimeWarning")
+def test_gradients_with_a_graph_when_one_direction_needs_none(auto):
+    layer = kernel_layer(2, 3, bidirectional=True).requires_grad_(False)
+    layer.bias_l0_reverse.requires_grad_()
+    layer.backend = "auto"
+    x = torch.randn(3, 4, 2, device=DEVICE)
+    first, second = (
+        torch.autograd.grad(layer(x)[0].square().sum(), layer.bias_l0_reverse, create_graph=graph)[0]
+        for graph in (True, False)
+    )
+    close("bias", first, second.cpu().double(), 1e-4)
+
+
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_a_backward_kernel_that_cannot_run(auto, monkeypatch, backend):
     """The reference path's gradients and one warning; under "triton" the error itself."""

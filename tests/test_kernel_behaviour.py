@@ -65,21 +65,6 @@ def test_infinite_input_leaves_the_statistics():
     assert all(torch.equal(before[name], after[name]) for name in before if name != "_skipped_steps")
 
 
-def test_second_derivatives_are_the_references():
-    """The kernels' backward steps aside for a gradient with a graph."""
-    layer = kernel_layer(2, 3)
-    twin = copy.deepcopy(layer)
-    twin.backend = "reference"
-    x = torch.randn(3, 4, 2, device=DEVICE)
-    found = []
-    for model in (layer, twin):
-        given = x.clone().requires_grad_()
-        (first,) = torch.autograd.grad(model(given)[0].square().sum(), given, create_graph=True)
-        found.append(torch.autograd.grad(first.square().sum(), [given, *model.parameters()]))
-    for a, e in zip(*found, strict=True):
-        close("", a, e.cpu().double(), 1e-4)
-
-
 def test_the_output_may_be_written_over():
     """nn.LSTM's output can be; where a backward needs it, autograd notices."""
     layer = kernel_layer(2, 3)
@@ -175,17 +160,6 @@ def test_tanh_is_precise_near_zero_and_right_far_away():
     assert ((y - expected) / expected)[finite].abs().max() < 2e-6  # a rounding of 1 is 1e-6 of tanh(1/4) / 2
     assert torch.equal(y[-4:-1], expected[-4:-1])
     assert y[-1].isnan()
-
-
-def test_gradients_with_a_graph_when_one_direction_needs_none():
-    layer = kernel_layer(2, 3, bidirectional=True).requires_grad_(False)
-    layer.bias_l0_reverse.requires_grad_()
-    x = torch.randn(3, 4, 2, device=DEVICE)
-    first, second = (
-        torch.autograd.grad(layer(x)[0].square().sum(), layer.bias_l0_reverse, create_graph=graph)[0]
-        for graph in (True, False)
-    )
-    close("bias", first, second.cpu().double(), 1e-4)
 
 
 def test_autocast_does_not_reach_the_kernels():

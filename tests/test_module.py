@@ -176,12 +176,12 @@ def test_dropout_stands_between_layers_in_training_only():
 def test_dropout_rate(monkeypatch):
     seen = []
     run = _base.run
-    monkeypatch.setattr(_base, "run", lambda calls, backend: seen.append(calls[0].x) or run(calls, backend))
+    monkeypatch.setattr(_base, "run", lambda calls, *how: seen.append(calls[0].x) or run(calls, *how))
     make_layer(num_layers=2, dropout=0.25, hidden_size=50)(torch.randn(20, 10, 3).double())
     kept = seen[1] != 0
     assert 0.23 < 1 - kept.double().mean() < 0.27  # 10,000 draws at 0.25: standard error 0.004
     whole = []
-    monkeypatch.setattr(_base, "run", lambda calls, backend: whole.append(calls[0].x) or run(calls, backend))
+    monkeypatch.setattr(_base, "run", lambda calls, *how: whole.append(calls[0].x) or run(calls, *how))
     torch.manual_seed(0)
     make_layer(num_layers=2, hidden_size=50)(torch.randn(20, 10, 3).double())
     torch.testing.assert_close(seen[1][kept], whole[1][kept] / 0.75)  # what is kept is scaled up

@@ -58,17 +58,6 @@ def _calls_of(inputs: tuple[Any, ...], problems: list[Problem]) -> list[Call]:
     return calls
 
 
-_INPUTS, _OUTPUTS = 3 + len(Parameters._fields), 3  # of a direction
-
-
-def _calls_of(inputs: tuple[Any, ...], problems: list[Problem]) -> list[Call]:
-    calls = []
-    for direction, problem in enumerate(problems):
-        x, h, c, *parameters = inputs[direction * _INPUTS : (direction + 1) * _INPUTS]
-        calls.append(Call(x, h, c, Parameters(*parameters), problem))
-    return calls
-
-
 class _Layer(torch.autograd.Function):
     """Both ways on the kernels. Inputs of each direction: x, h_0, c_0 and seven parameters."""
 
@@ -78,7 +67,7 @@ class _Layer(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         calls = _calls_of(inputs, problems)
         packing = problems[0].packing
-        tables: tuple[Tensor | None, ...] = ()
+        tables: list[Tensor | None] = []
         if problems[0].frozen:
             h, c, x = infer(calls, keep_cells=True)
         else:
@@ -106,8 +95,7 @@ class _Layer(torch.autograd.Function):
                     raise RuntimeError(_NO_GRAPH)
                 options.tell("gradients with a graph of their own (create_graph=True) run on the reference path")
                 return None, None, None, *_by_the_reference(inputs, problems, wanted, flags)
-            deviation, ih, hh, cell = tables or (None,) * 4
-            ran = Trained(h, c, [], x, deviation, ih, hh, cell)
+            ran = Trained(h, c, [], x, *(tables or (None,) * 4))
             try:
                 found = fused_backward.backward(_calls_of(inputs, problems), ran, wanted, flags, ctx.layout)
             except KernelError as error:

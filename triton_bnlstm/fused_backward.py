@@ -33,20 +33,18 @@ from .reference import Call, Parameters, Problem, centre, input_mean
 
 
 class Needed(NamedTuple):
-    """Which gradients somebody wants, of any direction."""
+    """Which gradients that cost something somebody wants, of any direction."""
 
     x: bool
     h: bool
-    c: bool
     weight_ih: bool
     weight_hh: bool
-    vectors: bool
 
     @classmethod
     def of(cls, flags: list[tuple[bool, ...]]) -> Needed:
         """From each direction's flags of x, h_0, c_0 and seven parameters."""
-        x, h, c, weight_ih, weight_hh, *vectors = (any(of_one) for of_one in zip(*flags, strict=True))
-        return cls(x, h, c, weight_ih, weight_hh, any(vectors))
+        x, h, _, weight_ih, weight_hh, *_ = (any(of_one) for of_one in zip(*flags, strict=True))
+        return cls(x, h, weight_ih, weight_hh)
 
 
 @contextmanager
@@ -84,7 +82,7 @@ def _inverse_counts(problems: list[Problem]) -> Tensor:
 
 def _input_table(ran: Trained, problems: list[Problem], steps: int) -> Tensor:
     """[2, dirs, T, 4H] mean and 1/σ of the input norm."""
-    if not problems[0].frozen:
+    if ran.ih is not None:
         return ran.ih
     mean, var = populations(problems, "ih")
     return torch.stack([mean, (var + problems[0].eps).rsqrt()]).expand(-1, -1, steps, -1).contiguous()
@@ -115,7 +113,7 @@ def _hidden_side(ran: Trained, calls: list[Call], rows: Rows, *, weight_needed: 
         deviation = launch.empty(directions, rows.rows, 4 * hidden, dtype=ran.h.dtype, device=ran.h.device)
         for direction, p in enumerate(parameters):
             torch.mm(centred[direction], p.weight_hh.t(), out=deviation[direction])
-    if problems[0].frozen:
+    if ran.hh is None:
         assert mean is not None
         population_mean, var = populations(problems, "hh")
         relative = population_mean - product_of_means(mean, [p.weight_hh for p in parameters])
@@ -134,21 +132,36 @@ def _cell_table(ran: Trained, problems: list[Problem]) -> Tensor | None:
     return torch.stack([mean, (var + problems[0].eps).rsqrt()]).contiguous()
 
 
-def _row_sums(gamma: Tensor, table: Tensor, share: Tensor | None, sum_dy: Tensor, sum_product: Tensor) -> Tensor:
+def _row_sums(
+    gamma: Tensor, rstd: Tensor, share: Tensor | None, pull: Tensor | None, sum_dy: Tensor, sum_product: Tensor
+) -> Tensor:
     """Σ dz over the rows of each step, [dirs, T, 4H].
 
     From the formula and not from the rows: exactly zero where there are no phantom rows, as rounded rows are not.
-    share: n/(n+κ), None where statistics are constants.
+    share: n/(n+κ), and pull: the batch's mean less the one used; None where statistics are constants.
     """
-    scale = gamma[:, None] * table[1]
-    if share is None:
+    scale = gamma[:, None] * rstd
+    if share is None or pull is None:
         return scale * sum_dy
     weight = share[:, :, None]
-    return scale * ((1 - weight) * sum_dy + weight * table[0] * table[1] * sum_product)
+    return scale * ((1 - weight) * sum_dy - weight * pull * rstd * sum_product)
+
+
+def _input_pull(x: Tensor, table: Tensor, parameters: list[Parameters], rows: Rows) -> Tensor:
+    """The batch's mean of W_ih x less the one used, [dirs, T, 4H], where x or W_ih x is less some mean.
+
+    table: [2, dirs, T, 4H], the mean used. What rounding has left in x of the mean taken off, it has too.
+    """
+    if x.dim() == 2:
+        mean = launch.moments(x[:, :, None], rows)[0] * in_float32(parameters, "weight_ih").mT
+    else:
+        mean = launch.moments(x, rows)[0]
+    return mean - table[0]
 
 
 def _spread(d: Tensor, ran: Trained, gamma: Tensor, column: Tensor, sums: Sums, rows: Rows, count: Tensor) -> None:
     """Backward of an input norm over all steps, on the gradient of its output d [dirs, R, 4H], in place."""
+    assert ran.ih is not None
     mean, rstd = ran.ih[0], ran.ih[1, :, 0]
     found = sums.columns.sum(2) / count.sum().float()  # [.., dirs, 4H]
     launch_backward.finish(d, ran.x, column, mean, torch.stack([rstd, gamma * rstd, found[0], found[2]]), rows)
@@ -197,6 +210,11 @@ def backward(
     vectors.append(torch.zeros_like(vectors[0]) if parameters[0].bias is None else in_float32(parameters, "bias"))
     vectors.append(in_float32(parameters, "weight_ih")[:, :, 0] if narrow else vectors[0])
     ih = _input_table(ran, problems, rows.steps)
+    share = pull = None
+    if not problem.frozen and problem.population is not None:
+        share = shares(problems)
+        if needed.weight_ih and problem.over_time:  # before gradients are written over it
+            pull = _input_pull(ran.x, ih, parameters, rows)
     cell = _cell_table(ran, problems)
     d_c = torch.stack([_given(g[2], call.c, torch.float32) for g, call in zip(gradients, calls, strict=True)])
     sums = launch_backward.backward(
@@ -217,43 +235,28 @@ def backward(
     if later and d_input is not None:
         _spread(d_input, ran, vectors[1], vectors[3], sums, rows, packing.count)
 
-    share = None
-    if not problem.frozen and problem.population is not None:
-        share = shares(problems)
+    d_weight_hh = d_weight_ih = d_x = d_h = None
     with _summed_in_float32():
-        d_weight_hh = d_weight_ih = None
         if needed.weight_hh:
             d_weight_hh = _hidden_weight_gradient(d_hidden, of_hidden, vectors[0], sums, share, frozen=problem.frozen)
-        if needed.weight_ih:
-            d_weight_ih = _input_weight_gradient(calls, ran, d_input, ih, vectors[1], sums, share, rows)
-        d_x = None
-        if needed.x and d_input is not None:
-            d_x = [torch.mm(d, p.weight_ih) for d, p in zip(d_input, parameters, strict=True)]
-        d_h = None
         if needed.h:
             first = d_hidden[:, : rows.batch]
             d_h = [torch.mm(d, p.weight_hh) for d, p in zip(first, parameters, strict=True)]
+        del of_hidden, d_hidden  # their memory is wanted below
+        if needed.weight_ih:
+            d_weight_ih = _input_weight_gradient(calls, ran, d_input, ih[1], pull, vectors[1], sums, share, rows)
+        if needed.x and d_input is not None:
+            d_x = [torch.mm(d, p.weight_ih) for d, p in zip(d_input, parameters, strict=True)]
 
     over_steps = sums.columns.sum(2)  # [.., dirs, 4H]
     of_cells = None if sums.cells is None else sums.cells.sum(2)  # [2, dirs, H]
+    of_inputs: list[list[Tensor] | Tensor | None] = [d_x, d_h, d_c, d_weight_ih, d_weight_hh]
+    of_inputs += [over_steps[0], over_steps[2], over_steps[1]]  # bias, γ_ih, γ_hh
+    of_inputs += [None, None] if of_cells is None else [of_cells[1], of_cells[0]]  # γ_c, β_c
     found: list[Tensor | None] = []
-    for k in range(directions):
-        p = parameters[k]
-        all_of_one = [
-            None if d_x is None else d_x[k],
-            None if d_h is None else d_h[k],
-            d_c[k],
-            *Parameters(
-                weight_ih=None if d_weight_ih is None else d_weight_ih[k].to(dtype),
-                weight_hh=None if d_weight_hh is None else d_weight_hh[k].to(dtype),
-                bias=None if p.bias is None else over_steps[0, k].to(dtype),
-                gamma_ih=over_steps[2, k].to(dtype),
-                gamma_hh=over_steps[1, k].to(dtype),
-                gamma_c=None if of_cells is None else of_cells[1, k].to(dtype),
-                beta_c=None if of_cells is None else of_cells[0, k].to(dtype),
-            ),
-        ]
-        found += [d if need else None for d, need in zip(all_of_one, flags[k], strict=True)]
+    for k, needs in enumerate(flags):
+        for d, like, need in zip(of_inputs, (calls[k].x, calls[k].h, calls[k].c, *parameters[k]), needs, strict=True):
+            found.append(d[k].to(like.dtype) if need and d is not None and like is not None else None)
     return found
 
 
@@ -276,7 +279,7 @@ def _hidden_weight_gradient(
     assert side.mean is not None
     found = [torch.mm(d.t(), h) for d, h in zip(d_hidden, side.centred, strict=True)]
     if frozen or share is not None:
-        row_sums = _row_sums(gamma, side.table, share, sums.columns[0], sums.columns[1])
+        row_sums = _row_sums(gamma, side.table[1], share, -side.table[0], sums.columns[0], sums.columns[1])
         rest = torch.bmm(row_sums.mT, side.mean)
         found = [f + r for f, r in zip(found, rest, strict=True)]
     return found
@@ -292,7 +295,8 @@ def _input_weight_gradient(
     calls: list[Call],
     ran: Trained,
     d_input: Tensor | None,
-    table: Tensor,
+    rstd: Tensor,
+    pull: Tensor | None,
     gamma: Tensor,
     sums: Sums,
     share: Tensor | None,
@@ -317,6 +321,6 @@ def _input_weight_gradient(
         assert d_input is not None
         found = [torch.mm(d.t(), given.to(d.dtype)) for d, given in zip(d_input, x, strict=True)]
     if mean is not None and share is not None:
-        row_sums = _row_sums(gamma, table, share, sums.columns[0], sums.columns[2])
+        row_sums = _row_sums(gamma, rstd, share, pull, sums.columns[0], sums.columns[2])
         found = [f + r for f, r in zip(found, torch.bmm(row_sums.mT, mean), strict=True)]
     return found

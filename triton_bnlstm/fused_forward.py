@@ -157,7 +157,7 @@ def last_states(states: Tensor, packing: Packing) -> list[Tensor]:
 
 
 class Trained(NamedTuple):
-    """What the kernels give for one layer in training.
+    """What the kernels give for one layer in training; in evaluation h, c and x alone.
 
     h, c: [dirs, B + R, H], the initial states first. moments: of each direction.
     x: W_ih x [dirs, R, 4H] less what `ih` says, or x of one column [dirs, R].
@@ -171,8 +171,8 @@ class Trained(NamedTuple):
     moments: list[Statistics]
     x: Tensor
     deviation: Tensor | None
-    ih: Tensor
-    hh: Tensor
+    ih: Tensor | None
+    hh: Tensor | None
     cell: Tensor | None
 
 

@@ -135,11 +135,10 @@ def backward(
             "ONE_TILE": config.groups * config.product_tile(rows.batch) >= rows.batch,
             "WALK": walk,
         }
-        phases = ({},)
+        found = Arguments((config.programs(hidden), directions), (*tensors, parts, scratch), (), constants)
         if config.divided:
-            phases = ({"CELLS": False}, {"PRODUCT": False})
-        grid = (config.programs(hidden), directions)
-        return Arguments(grid, (*tensors, parts, scratch), (), constants, phases, 1 + config.divided)
+            found = found._replace(phases=({"CELLS": False}, {"PRODUCT": False}), meetings=2)
+        return found
 
     shared = {
         "PRODUCT": True,
