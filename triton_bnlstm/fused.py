@@ -58,6 +58,34 @@ def _calls_of(inputs: tuple[Any, ...], problems: list[Problem]) -> list[Call]:
     return calls
 
 
+def saved_bytes(
+    steps: int, batch: int, rows: int, hidden: int, size: int, *, save: str, column: bool, seats: bool, cell_norm: bool
+) -> int:
+    """Bytes that one direction of a layer keeps from its forward in training for its backward, besides its inputs.
+
+    For equal lengths of T steps that is, per step, row and unit, in half precision and for T much greater than 1,
+
+        save="preactivations"   22 + 48/B       h 2, c 4, W_ih x 8, W_hh h 8; statistics 48 for a step and unit
+        save="recompute"        14 + 48/B
+        one input column         8 less         x itself, 4/H, instead of W_ih x
+        vacated seats           16/B more       a mean besides the deviation of W_hh h
+        cell norm                8/B more
+
+    Args:
+        steps, batch, rows, hidden: T, B, R and H; R is T·B where no sequence is known to be shorter.
+        size: bytes of a parameter's element.
+        save: as `BNLSTM` has it.
+        column: the input is one column.
+        seats: seats are vacated, or may be: lengths live on a device.
+        cell_norm: the cell state is normalised.
+    """
+    states = (rows + batch) * hidden * (size + 4)  # h and float32 c; the first B rows are the initial ones
+    inputs = rows * 4 if column else rows * 4 * hidden * size
+    deviations = rows * 4 * hidden * size if save == "preactivations" else 0
+    statistics = steps * hidden * (32 + (32 if seats else 16) + (8 if cell_norm else 0))
+    return states + inputs + deviations + statistics
+
+
 class _Layer(torch.autograd.Function):
     """Both ways on the kernels. Inputs of each direction: x, h_0, c_0 and seven parameters."""
 

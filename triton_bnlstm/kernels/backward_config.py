@@ -1,4 +1,25 @@
-"""How the backward kernel is laid out on a device: what its product moves, counted, and the least of it taken."""
+"""How the backward kernel is laid out on a device: what a step moves is counted, and the shortest one taken.
+
+dh_{t−1} = W_hhᵀ dz_t needs all of dz_t, 8H bytes of each row in bfloat16, and W_hhᵀ, which stays on chip where it fits.
+Megabytes that all programs together exchange through L2 in a step, dz and partial sums, by how the product is divided;
+U units for each of 128 programs. "n × m" is n parts of the inner extent 4H, m parts of the rows:
+
+        B      H    U    whole    4 × 1    8 × 1   16 × 1    8 × 2    4 × 4    8 × 4    cluster    taken (H100)
+       64    512    4     33.6      9.4      6.3      6.3      4.2      3.1      3.1        2.1    4 × 4
+       64   1024    8     67.1     18.9     12.6     12.6      8.4      6.3      6.3        4.2    8 × 2
+       64   2048   16    134.2     37.7     25.2     25.2     16.8     12.6     12.6        8.4    8 × 1
+      128    512    4     67.1     18.9     12.6     12.6      8.4      6.3      6.3        4.2    8 × 4
+      128   1024    8    134.2     37.7     25.2     25.2     16.8     12.6     12.6        8.4    8 × 2
+      128   2048   16    268.4     75.5     50.3     50.3     33.6     25.2     25.2       16.8    8 × 1
+      256    512    4    134.2     37.7     25.2     25.2     16.8     12.6     12.6        8.4    8 × 4
+      256   1024    8    268.4     75.5     50.3     50.3     33.6     25.2     25.2       16.8    8 × 2
+      256   2048   16    536.9    151.0    100.7    100.7     67.1     50.3     50.3       33.6    8 × 1
+
+"whole" meets once in a step, all others twice: it wins where H is small, or few rows are. m parts of the rows multiply
+what W_hhᵀ takes on chip by m, 64 KB of a program at H = 1024: 8 × 4 would fit nowhere there, and at H = 2048, where the
+weights are streamed in any case, m parts would stream them m times. "cluster" is "whole" with each row of dz sent once
+to a cluster of 16 programs, which Triton cannot say; with parts of the rows it is not far away.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +84,24 @@ def step_seconds(device: Device, layout: BackwardConfig, hidden: int, batch: int
         + multiplied / (_PRODUCTS_PER_SECOND if matrix else _PRODUCTS_PER_SECOND_WITHOUT)
         + layout.units * batch * _SECONDS_OF_A_UNIT
     )
+
+
+def bytes_around_the_loop(hidden: int, columns: int, size: int, *, save: str) -> int:
+    """Bytes of device memory that the backward of one row moves besides what its step exchanges.
+
+    In the loop deviations, W_ih x, both gradients, two cell states and the output's gradient; behind it the products
+    for W_hh, W_ih and x, states and inputs less their mean; and before it, with save="recompute", W_hh h again.
+
+    Args:
+        hidden, columns: H, D.
+        size: bytes of an element.
+        save: as `BNLSTM` has it.
+    """
+    loop = 16 * hidden * size + 8 * hidden + hidden * size
+    centred = 3 * (hidden + columns) * size  # read, written, read by the product
+    products = 12 * hidden * size + columns * size
+    again = 5 * hidden * size if save == "recompute" else 0
+    return loop + centred + products + again
 
 
 def default_backward_config(
