@@ -1,9 +1,9 @@
 """Device time of one recurrent step on a GPU: `python -m bench.steps`.
 
-Each case is a layer of T steps in bfloat16, D = H: the kernels in sequence mode and in step mode, forward in training and
-in evaluation, and training steps, forward and backward with gradients of everything; and cuDNN's nn.LSTM, which has no
-batch norm. All are replayed from CUDA graphs in interleaved rounds; the figure is the median time of a replay divided by
-T, the input side and all products included. "Modelled" is what `kernels/backward_config.py` reckons for the backward:
+Each case is a layer of T steps in bfloat16, D = H: the kernels in sequence mode and in step mode, forward in training
+and in evaluation, and training steps, forward and backward with gradients of everything; and cuDNN's nn.LSTM, which has
+no batch norm. All are replayed from CUDA graphs in interleaved rounds; the figure is the median time of a replay divided
+by T, the input side and all products included. "Modelled" is what `kernels/backward_config.py` reckons for the backward:
 the recurrence's steps, the rest of the bytes at the given memory bandwidth, and the products at the given rate.
 
 Peak memory is that of one training step outside of a graph, more than what was there before.
@@ -15,7 +15,8 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,15 @@ from triton_bnlstm.kernels.config import BackwardConfig, Config
 
 # (B, H, modelled µs of a step in sequence mode, forward, on an H100)
 CASES = [(64, 512, 3.1), (64, 1024, 4.3), (64, 1000, None), (128, 1024, None), (100, 100, None), (128, 2000, None)]
+
+
+@contextmanager
+def reported(label: str) -> Iterator[None]:
+    """What cannot run is told and left out."""
+    try:
+        yield
+    except RuntimeError as error:
+        print(f"  {label}: {error}", file=sys.stderr)
 
 
 def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -81,11 +91,8 @@ def graphs_of_case(
                 continue
             label = f"{mode}, {name} mode"
             layouts[label] = asdict(chosen)
-            try:
-                with use_config(chosen), torch.no_grad():
-                    graphs[label] = captured(partial(layer, x))
-            except RuntimeError as error:
-                print(f"  {label}: {error}", file=sys.stderr)
+            with reported(label), use_config(chosen), torch.no_grad():
+                graphs[label] = captured(partial(layer, x))
     lstm = nn.LSTM(hidden, hidden, device="cuda", dtype=x.dtype)
     with torch.no_grad():
         graphs["nn.LSTM (cuDNN, no batch norm)"] = captured(partial(lstm, x))
@@ -128,7 +135,7 @@ def graphs_of_training(
     calls["nn.LSTM training step (cuDNN, no batch norm)"] = partial(training_step, lstm, x, weight)
     graphs, memory = {}, {}
     for label, run in calls.items():
-        try:
+        with reported(label):
             run()
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -136,8 +143,6 @@ def graphs_of_training(
             run()
             memory[label] = torch.cuda.max_memory_allocated() - before
             graphs[label] = captured(run)
-        except RuntimeError as error:
-            print(f"  {label}: {error}", file=sys.stderr)
     return graphs, layouts, memory
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def storages(tensors) -> dict[int, int]:
 
 def kept(output: Tensor) -> int:
     """Bytes that the layer's node in the graph of its output has saved, besides the inputs of its one direction."""
-    seen, nodes = set(), [output.grad_fn]
+    seen: set[Any] = set()
+    nodes: list[Any] = [output.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
