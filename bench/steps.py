@@ -1,10 +1,11 @@
 """Device time of one recurrent step on a GPU: `python -m bench.steps`.
 
 Each case is a layer of T steps in bfloat16, D = H: the kernels in sequence mode and in step mode, forward in training
-and in evaluation, and training steps, forward and backward with gradients of everything; and cuDNN's nn.LSTM, which has
-no batch norm. All are replayed from CUDA graphs in interleaved rounds; the figure is the median time of a replay divided
-by T, the input side and all products included. "Modelled" is what `kernels/backward_config.py` reckons for the backward:
-the recurrence's steps, the rest of the bytes at the given memory bandwidth, and the products at the given rate.
+and in evaluation, and training steps, forward and backward with gradients of everything; and cuDNN's nn.LSTM, which
+has no batch norm. All are replayed from CUDA graphs in interleaved rounds; the figure is the median time of a replay
+divided by T, the input side and all products included. "Modelled" is what `kernels/backward_config.py` reckons for
+the backward: the recurrence's steps, the rest of the bytes at the given memory bandwidth, and the products at the
+given rate.
 
 Peak memory is that of one training step outside of a graph, more than what was there before.
 """

@@ -10,7 +10,7 @@ from bench.aot.targets import NUMBERS, TARGETS, why_skipped
 pytest.importorskip("triton")
 
 # One process per target. Few kernels of each: a part of what `python -m bench.aot` compiles.
-SELECTED = ["forward/cell+seats", "inference/cell+keep", "moments/centre"]
+SELECTED = ["forward/cell+seats", "backward/cell+fill", "inference/cell+keep", "moments/centre"]
 
 
 def compiled(target, numbers, cache, **changes):
@@ -24,11 +24,16 @@ def test_every_target(target, tmp_path):
     found = compiled(target, [numbers], tmp_path)
     if "skipped" in found[0]:
         pytest.skip(found[0]["skipped"])
-    assert {result["kernel"] for result in found} >= set(SELECTED[:2])
+    assert {result["kernel"] for result in found} >= set(SELECTED[:3])
     assert [result["problems"] for result in found if result["problems"]] == []
-    modes = {result["mode"] for result in found if result["kernel"].startswith("forward")}
-    assert modes == ({"step"} if target.startswith("gfx") else {"sequence", "step"})
-    products = [result["resources"]["matrix"] for result in found if "PRECISION" in result["constants"]]
+    for kernel in ("forward", "backward"):
+        modes = {result["mode"] for result in found if result["kernel"].startswith(kernel)}
+        assert modes == ({"step"} if target.startswith("gfx") else {"sequence", "step"})
+    products = [
+        result["resources"]["matrix"]
+        for result in found
+        if "PRECISION" in result["constants"] and result["constants"].get("PRODUCT", True)
+    ]
     assert products
     assert all(products) == (target != "sm75")
 
@@ -48,6 +53,20 @@ def test_a_slice_of_the_weights_stays_on_chip(tmp_path):
     assert sequence["constants"]["RESIDENT"]
     assert sequence["problems"] == []
     assert sequence["resources"]["shared"] > 4 * 8 * 1000 * 2
+
+
+@pytest.mark.parametrize("hidden", [512, 1000])
+def test_a_part_of_the_transposed_weights_stays_on_chip(hidden, tmp_path):
+    """Of the backward, in as many parts as its programs, beside all that waits for the product."""
+    found = compiled("sm90", ["bf16"], tmp_path, variants=["backward/plain"], hiddens=[hidden])
+    (sequence,) = (result for result in found if result["mode"] == "sequence")
+    assert sequence["constants"]["RESIDENT"]
+    assert sequence["problems"] == []
+    parts = sequence["constants"]["SPLITS"] * sequence["constants"]["GROUPS"]
+    assert parts > 1
+    assert (
+        sequence["resources"]["shared"] > sequence["constants"]["GROUPS"] * 8 * hidden * hidden / sequence["programs"]
+    )
 
 
 def test_a_layout_that_spills_is_found(tmp_path):

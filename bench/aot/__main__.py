@@ -23,13 +23,23 @@ products, or if the programs of a sequence-mode launch do not fit on the device 
 
 EXAMPLES = """\
 examples:
-  python -m bench.aot                                         everything, on two CPU cores about an hour
+  python -m bench.aot                                         everything, on two CPU cores about two hours
   python -m bench.aot --targets sm90 --numbers bf16 --each    one target, a line for each kernel
   python -m bench.aot --hiddens 1024 --batches 64 --out resources.json
 """
 
-VARIANTS = ("forward/plain", "forward/cell+seats", "forward/narrow", "inference/plain", "inference/cell+keep")
-MOMENTS = ("moments/centre", "moments/narrow", "moments/product")
+VARIANTS = (
+    *(
+        "forward/keep",
+        "forward/cell+seats",
+        "forward/narrow",
+        "backward/plain",
+        "backward/cell+fill",
+        "backward/narrow",
+    ),
+    *("inference/plain", "inference/cell+keep"),
+)
+MOMENTS = ("moments/centre", "moments/narrow", "moments/product", "moments/states", "moments/finish")
 
 
 def _names(known: Any) -> Callable[[str], list[str]]:
@@ -84,7 +94,8 @@ def layout(result: dict[str, Any]) -> str:
     if "U" not in c:
         return ", ".join(f"{name} {value}" for name, value in c.items())
     stays = "resident" if c["RESIDENT"] else f"S{options['num_stages']}"
-    return f"U{c['U']} BB{c['BB']} BK{c['BK']} W{options['num_warps']} {stays}"
+    parts = f" {c['SPLITS']}×{c['GROUPS']}" if "SPLITS" in c else ""
+    return f"U{c['U']}{parts} BB{c['BB']} BK{c['BK']} W{options['num_warps']} {stays}"
 
 
 def _matrix(members: list[dict[str, Any]]) -> str:

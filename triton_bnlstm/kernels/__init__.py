@@ -1,10 +1,10 @@
-"""One time step forward, from the input to h_t: who owns what, and what crosses the barrier.
+"""One time step, forward and backward: who owns what, and what crosses the barrier.
 
 H hidden units, B sequences, n live rows in step t (a prefix: sequences are sorted by length), R rows of all T steps.
 A *program* is one instance of a kernel; it owns U hidden units, that is 4U of the 4H gate columns, and every row of the
 batch. Statistics of a column are over the batch, so they are the affair of one program: batch norm costs no exchange.
 
-Before the first step, all steps at once (`input_side`, and `fused._train_input`)
+Before the first step, all steps at once (`input_side`, and `fused_forward._train_input`)
 
     x_t less its mean over the step's rows   so that products are rounded relative to deviations
     z_x = W_ih x                             one GEMM, [R, 4H]; for one input column not even that: x itself is kept
@@ -52,7 +52,33 @@ and cells, then, with cell norm, the states. The products wait in a scratch buff
 Evaluation is simpler (`inference`): statistics are constants, so a norm is a scale and a shift, tiles of the batch are
 programs of their own that need not meet, and nothing but the output is kept unless a gradient is wanted.
 
-Files: `config` chooses a layout from the device's numbers, `launch` goes from tensors to launches and turns failures
-into `KernelError`, `common` has the pieces, `barrier` the grid barrier, and `forward`, `inference` and `input_side` one
-kernel each. No kernel adds floats atomically, so the same input gives the same bits.
+Backwards (`backward`) the same program owns the same units. What it needs of the forward is h, c, W_ih x, statistics,
+and W_hh h less its mean, which is kept, or made again from the states in one product over all steps
+
+    W_hh h − mean  ┌──────────────┐
+    W_ih x, c  ──► │ gates, ẑ, ĉ  │  again, while others are waited for
+                   └──────┬───────┘
+                  ────────┼───────────────────────────── grid barrier: all of dz_{t+1} is there ──────
+    part of W_hhᵀ         ▼
+    [M, K] stays   ┌──────────────┐  K is a part of 4H, rows are a part of the batch: then partial sums go out, and
+    on chip  ────► │dh = W_hhᵀ dz │ ◄┄ behind a second barrier each program adds up those of its units; or K is 4H,
+                   └──────┬───────┘  and one barrier is enough. `backward_config` counts what either moves
+    d_out, d_h_n ────────►│
+    dc from        ┌──────┴───────┐  through tanh and, with cell norm, its backward: two column sums over the n rows
+    registers ───► │  dc, da      │  [U, n] → gates' pre-activations, [4U, n]
+                   └──────┬───────┘
+                          ▼
+                   ┌──────────────┐  Σda, Σda·ẑ_h, Σda·ẑ_x over the n rows: both norms' backward with 1/(n+κ), and the
+                   │ dz_t, dz_x   │  gradients of bias and γ, added up over steps afterwards
+                   └──────┬───────┘
+                  ────────┴───────────────────────────── arrive
+
+A row's dc starts with the gradient of c_n, which passes through the steps after its sequence has ended. Behind the
+loop (`fused_backward`) dW_hh, dW_ih and dx are one product each over all rows; those not live are left out, or zeros.
+dz is written where W_hh h was, and dz_x where W_ih x was, unless the graph is kept for another backward.
+
+Files: `config` and `backward_config` choose layouts from the device's numbers, `launch` and `launch_backward` go from
+tensors to launches and turn failures into `KernelError`, `common` and `gradients` have the pieces, `barrier` the grid
+barrier, and `forward`, `backward`, `inference` and `input_side` the kernels. None adds floats atomically, so the same
+input gives the same bits.
 """
