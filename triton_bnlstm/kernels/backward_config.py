@@ -163,14 +163,16 @@ def _laid_out(
     rows_of_product, columns = layout.product_rows, layout.product_tile(batch)
     elements = max(4 * units * tile, rows_of_product * columns // 2)
     grouped = matrix and device.multiplies_in_groups(rows_of_product)
-    # groups of four warps take 64 rows each: of 128, one alone would hold twice the slice on its way to shared memory
-    warps = 8 if elements >= MOST_TILE // 2 or (grouped and rows_of_product >= 128) else 4
+    blackwell = device.capability >= 100
+    # groups of four warps take 64 rows each: of 128, one alone would hold twice the slice on its way to shared memory.
+    # On B200 one thread starts a whole product, and more warps only share that and the sums.
+    warps = 8 if elements >= MOST_TILE // 2 or (grouped and (rows_of_product >= 128 or blackwell)) else 4
     room = device.shared_per_program - SPARE_SHARED
     extent = -(-4 * hidden // (splits * RESIDENT_INNER)) * RESIDENT_INNER
     if sequence and matrix and (rows_of_product + columns) * extent * size <= room:
         state = columns * extent * size // (4 * device.warp * warps)  # registers of a thread
         # two groups of four warps that share 64 rows divide the columns, and take twice the instructions and registers
-        shared = grouped and rows_of_product < 16 * warps
+        shared = grouped and not blackwell and rows_of_product < 16 * warps
         if state <= MOST_REGISTERS_OF_STATE // 2 and not shared:
             return replace(layout, inner=RESIDENT_INNER, resident=True, warps=warps)
     inner = 128 // size if matrix else 16
