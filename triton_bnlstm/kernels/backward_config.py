@@ -165,8 +165,9 @@ def _laid_out(
     grouped = matrix and device.multiplies_in_groups(rows_of_product)
     blackwell = device.capability >= 100
     # groups of four warps take 64 rows each: of 128, one alone would hold twice the slice on its way to shared memory.
-    # On B200 one thread starts a whole product, and more warps only share that and the sums.
-    warps = 8 if elements >= MOST_TILE // 2 or (grouped and (rows_of_product >= 128 or blackwell)) else 4
+    # On B200 one thread starts a whole product, and eight warps may hold less of 64 rows too, unless gates are few.
+    several = rows_of_product >= 128 or (blackwell and elements >= MOST_TILE // 4)
+    warps = 8 if elements >= MOST_TILE // 2 or (grouped and several) else 4
     room = device.shared_per_program - SPARE_SHARED
     extent = -(-4 * hidden // (splits * RESIDENT_INNER)) * RESIDENT_INNER
     if sequence and matrix and (rows_of_product + columns) * extent * size <= room:
