@@ -174,7 +174,10 @@ def _laid_out(
         state = columns * extent * size // (4 * device.warp * warps)  # registers of a thread
         # two groups of four warps that share 64 rows divide the columns, and take twice the instructions and registers
         shared = grouped and not blackwell and rows_of_product < 16 * warps
-        if state <= MOST_REGISTERS_OF_STATE // 2 and not shared:
+        # B200's products, of 32 bytes of the inner extent each, keep addresses in registers, beside a thread's gates
+        gates = 4 * units * tile // (device.warp * warps)
+        crowded = grouped and blackwell and gates * (extent * size // 32) > 128
+        if state <= MOST_REGISTERS_OF_STATE // 2 and not shared and not crowded:
             return replace(layout, inner=RESIDENT_INNER, resident=True, warps=warps)
     inner = 128 // size if matrix else 16
     # what a step was forward waits for the product: beside it a deeper pipeline is unrolled until its addresses spill
