@@ -164,10 +164,10 @@ def _laid_out(
     elements = max(4 * units * tile, rows_of_product * columns // 2)
     grouped = matrix and device.multiplies_in_groups(rows_of_product)
     blackwell = device.capability >= 100
-    # groups of four warps take 64 rows each: of 128, one alone would hold twice the slice on its way to shared memory.
-    # On B200 one thread starts a whole product, and eight warps may hold less of 64 rows too, unless gates are few.
-    several = rows_of_product >= 128 or (blackwell and elements >= MOST_TILE // 4)
-    warps = 8 if elements >= MOST_TILE // 2 or (grouped and several) else 4
+    # Four warps alone with 128 rows hold as much of them again, a slice on its way to shared memory above all. On B200
+    # one thread starts a whole product, and eight warps may hold less of 64 rows too, unless gates are few.
+    several = rows_of_product >= 128 or (grouped and blackwell and elements >= MOST_TILE // 4)
+    warps = 8 if elements >= MOST_TILE // 2 or (matrix and several and device.backend == "cuda") else 4
     room = device.shared_per_program - SPARE_SHARED
     extent = -(-4 * hidden // (splits * RESIDENT_INNER)) * RESIDENT_INNER
     if sequence and matrix and (rows_of_product + columns) * extent * size <= room:
