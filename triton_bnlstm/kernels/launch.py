@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from .barrier import MOST_ARRIVALS, NOT_MET, check_kernel
-from .config import Config, Device, default_config, device_of, explicit_config
+from .config import BackwardConfig, Config, Device, default_config, device_of, explicit_config
 from .errors import KernelError
 from .forward import forward_kernel
 from .inference import inference_kernel
@@ -332,7 +332,7 @@ def _sync_of(config: Config, device: Device) -> str:
 def launch_options(config: Config, sync: str, device: Device) -> dict[str, Any]:
     """Triton's options of a recurrent kernel."""
     options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
-    if device.backend == "cuda":
+    if device.backend == "cuda" and (config.sequence or isinstance(config, BackwardConfig)):
         # A multiprocessor has one program. ptxas does not know, and saves registers for others: loads of the state
         # would wait for each other, and a few values be spilled.
         options["maxnreg"] = min(255, 65536 // (32 * config.warps))
