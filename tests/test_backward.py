@@ -409,7 +409,8 @@ def test_offsets_beyond_32_bits(directions):
         shape = launch.Rows(
             torch.tensor([held - batch, held]), torch.tensor([batch], dtype=torch.int32), 1, held, batch
         )
-        sums = launch_backward.backward(
+        sums = launch_backward.Sums.empty(shape, directions, hidden, weight.device, column=False, cell=False)
+        launch_backward.backward(
             kept,
             gradients,
             launch_backward.Wanted(d_hidden, d_input, False, False, False),
@@ -418,7 +419,8 @@ def test_offsets_beyond_32_bits(directions):
             None,
             torch.full((directions, 1), 0.5),
             shape,
-            backward(units=64, inner=64),
+            sums,
+            explicit=backward(units=64, inner=64),
         )
         found.append([d_hidden[:, -batch:], d_input[:, -batch:], gradients.c_n, sums.columns])
     for far, near in zip(*found, strict=True):

@@ -8,7 +8,7 @@ but for its rounding, is not multiplied with a mean.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -27,9 +27,13 @@ from .fused_forward import (
 )
 from .kernels import launch, launch_backward
 from .kernels.config import BackwardConfig
-from .kernels.launch import Rows
+from .kernels.launch import Block, Rows
 from .kernels.launch_backward import Given, Kept, Sums, Wanted
+from .packing import Packing
 from .reference import Call, Parameters, Problem, centre, input_mean
+
+# Rows from which products are efficient: of so many at least a block of steps is made, where W_hh h is made again.
+_BLOCK_ROWS = 4096
 
 
 class Needed(NamedTuple):
@@ -88,41 +92,113 @@ def _input_table(ran: Trained, problems: list[Problem], steps: int) -> Tensor:
     return torch.stack([mean, (var + problems[0].eps).rsqrt()]).expand(-1, -1, steps, -1).contiguous()
 
 
-class _Hidden(NamedTuple):
-    """Of W_hh h: deviations [dirs, R, 4H] and their table [2, dirs, T, 4H]; states less their mean, and that mean."""
+def _hidden_table(ran: Trained, problems: list[Problem]) -> Tensor:
+    """[2, dirs, T, 4H] mean, relative to what was taken off W_hh h, and 1/σ of the hidden norm.
 
-    deviation: Tensor
-    table: Tensor
-    centred: Tensor | None
-    mean: Tensor | None
-
-
-def _hidden_side(ran: Trained, calls: list[Call], rows: Rows, *, weight_needed: bool) -> _Hidden:
-    """W_hh h again from the states, in one product, if it was not kept."""
-    problems, parameters = [call.problem for call in calls], [call.parameters for call in calls]
-    directions, _, hidden = ran.h.shape
-    centred = mean = None
-    if weight_needed or ran.deviation is None:
-        centred = launch.empty(directions, rows.rows, hidden, dtype=ran.h.dtype, device=ran.h.device)
-        if problems[0].packing.mask is not None:
-            centred.zero_()
-        mean, _ = launch.moments(ran.h, rows, centred, before=True)  # [dirs, T, H]
-    deviation = ran.deviation
-    if deviation is None:
-        assert centred is not None
-        deviation = launch.empty(directions, rows.rows, 4 * hidden, dtype=ran.h.dtype, device=ran.h.device)
-        for direction, p in enumerate(parameters):
-            torch.mm(centred[direction], p.weight_hh.t(), out=deviation[direction])
+    With constant statistics the mean is still absolute: what is taken off is only known block by block.
+    """
     if ran.hh is None:
-        assert mean is not None
-        population_mean, var = populations(problems, "hh")
-        relative = population_mean - product_of_means(mean, [p.weight_hh for p in parameters])
-        table = torch.stack([relative, (var + problems[0].eps).rsqrt()])
-    elif len(ran.hh) == 1:  # nothing but the batch's own mean was taken off
-        table = torch.cat([torch.zeros_like(ran.hh), ran.hh])
-    else:
-        table = ran.hh
-    return _Hidden(deviation, table.contiguous(), centred if weight_needed else None, mean)
+        mean, var = populations(problems, "hh")
+        return torch.stack([mean, (var + problems[0].eps).rsqrt()])
+    if len(ran.hh) == 1:  # nothing but the batch's own mean was taken off
+        return torch.cat([torch.zeros_like(ran.hh), ran.hh])
+    return ran.hh.contiguous()
+
+
+def _blocks(packing: Packing, most: int) -> list[Block]:
+    """All steps in up to eight blocks of about as many rows, `most` or more; the last steps first."""
+    every = sum(packing.sizes)
+    enough = max(most, -(-every // 8))
+    blocks, last, held, begin = [], len(packing.sizes), 0, every
+    for t in reversed(range(len(packing.sizes))):
+        held += packing.sizes[t]
+        begin -= packing.sizes[t]
+        if (held >= enough and begin >= enough // 2) or t == 0:
+            blocks.append(Block(t, last, begin, held))
+            last, held = t, 0
+    return blocks
+
+
+class _HiddenSide:
+    """W_hh h on its way back: from the states to deviations, and from their gradients to those of W_hh and h_0.
+
+    Block by block where deviations are made again, so that these and their gradients are never there for all rows.
+    """
+
+    def __init__(self, ran: Trained, calls: list[Call], rows: Rows, *, weight_needed: bool, reuse: bool) -> None:
+        self.ran, self.rows, self.weight_needed = ran, rows, weight_needed
+        self.problem, self.weights = calls[0].problem, [call.parameters.weight_hh for call in calls]
+        self.table = _hidden_table(ran, [call.problem for call in calls])
+        self.again = ran.deviation is None
+        packing = self.problem.packing
+        self.blocks = _blocks(packing, _BLOCK_ROWS) if self.again else [Block.whole(rows)]
+        if ran.deviation is not None and reuse:
+            self.memory = ran.deviation
+        else:  # behind a block's rows those of the step behind it
+            place = max(block.rows for block in self.blocks) + (rows.batch if len(self.blocks) > 1 else 0)
+            self.memory = self._empty(place, 4 * ran.h.shape[2])
+        self.total: list[Tensor] | None = None
+        self.mean: Tensor | None = None
+        if weight_needed or self.again:
+            self.mean = launch.empty(
+                *(2, len(calls), rows.steps, ran.h.shape[2]), dtype=torch.float32, device=ran.h.device
+            )
+
+    def _empty(self, rows: int, columns: int) -> Tensor:
+        return launch.empty(len(self.weights), rows, columns, dtype=self.ran.h.dtype, device=self.ran.h.device)
+
+    def prepare(self, block: Block) -> tuple[Tensor, Tensor | None]:
+        """Deviations for this block of steps, in the memory that takes their gradients; and states less their mean."""
+        if self.mean is None:
+            assert self.ran.deviation is not None
+            return self.ran.deviation, None
+        centred = self._empty(block.rows, self.ran.h.shape[2])
+        if self.problem.packing.mask is not None:
+            centred.zero_()
+        launch.moments(self.ran.h, self.rows, centred, before=True, block=block, into=self.mean)
+        if self.ran.deviation is not None:
+            return self.ran.deviation, centred
+        if block is not self.blocks[0]:  # what stood first in the block before belongs behind this one
+            behind = self.problem.packing.sizes[block.last]
+            self.memory[:, block.rows : block.rows + behind] = self.memory[:, :behind].clone()
+        for direction, weight in enumerate(self.weights):
+            torch.mm(centred[direction], weight.t(), out=self.memory[direction, : block.rows])
+        if self.ran.hh is None:
+            steps = slice(block.first, block.last)
+            self.table[0, :, steps] -= product_of_means(self.mean[0, :, steps], self.weights)
+        return self.memory, centred
+
+    def finish(self, block: Block, centred: Tensor | None) -> None:
+        """Add this block's part of W_hh's gradient: Σ dz ⊗ (h − h̄)."""
+        if not self.weight_needed or centred is None:
+            return
+        gradients = self.memory[:, : block.rows]
+        if len(self.blocks) == 1:
+            self.total = [torch.mm(d.t(), h) for d, h in zip(gradients, centred, strict=True)]
+            return
+        parts = [_mm_in_float32(d.t(), h) for d, h in zip(gradients, centred, strict=True)]
+        self.total = parts if self.total is None else [t.add_(p) for t, p in zip(self.total, parts, strict=True)]
+
+    def weight_gradient(self, gamma: Tensor, sums: Sums, share: Tensor | None) -> list[Tensor]:
+        """Of W_hh, each [4H, H]: what has been added up, and Σ dz ⊗ h̄ where the rows' dz do not add up to zero."""
+        assert self.total is not None
+        assert self.mean is not None
+        if share is None and not self.problem.frozen:
+            return self.total
+        row_sums = _row_sums(gamma, self.table[1], share, -self.table[0], sums.columns[0], sums.columns[1])
+        return [t + r for t, r in zip(self.total, torch.bmm(row_sums.mT, self.mean[0]), strict=True)]
+
+    def state_gradient(self) -> list[Tensor]:
+        """Of h_0, each [B, H], when all blocks are done."""
+        return [torch.mm(d, w) for d, w in zip(self.memory[:, : self.rows.batch], self.weights, strict=True)]
+
+
+def _mm_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """A product with a float32 result, so that parts of a sum can be added; where torch cannot, rounded before."""
+    if a.is_cuda and a.dtype != torch.float32:
+        with suppress(TypeError):  # before torch 2.8
+            return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b).float()
 
 
 def _cell_table(ran: Trained, problems: list[Problem]) -> Tensor | None:
@@ -194,10 +270,7 @@ def backward(
     narrow, later = ran.x.dim() == 2, not problem.over_time and not problem.frozen
     reused = not _graph_is_kept()
 
-    of_hidden = _hidden_side(ran, calls, rows, weight_needed=needed.weight_hh)
-    d_hidden = of_hidden.deviation
-    if ran.deviation is not None and not reused:
-        d_hidden = launch.empty(*d_hidden.shape, dtype=dtype, device=device)
+    hidden_side = _HiddenSide(ran, calls, rows, weight_needed=needed.weight_hh, reuse=reused)
     column_needed = narrow and needed.weight_ih and not later
     d_input = None
     if needed.x or (needed.weight_ih and not column_needed):
@@ -217,32 +290,35 @@ def backward(
             pull = _input_pull(ran.x, ih, parameters, rows)
     cell = _cell_table(ran, problems)
     d_c = torch.stack([_given(g[2], call.c, torch.float32) for g, call in zip(gradients, calls, strict=True)])
-    sums = launch_backward.backward(
-        Kept(of_hidden.deviation, ran.x, ran.c, of_hidden.table, ih, cell),
-        Given(
-            _row_gradients([g[0] for g in gradients], rows.rows, ran.h),
-            torch.stack([_given(g[1], call.h, dtype) for g, call in zip(gradients, calls, strict=True)]),
-            d_c,
-        ),
-        Wanted(d_hidden, d_input, column_needed, later, packing.mask is not None),
-        stacked([p.weight_hh.t() for p in parameters]),
-        torch.stack(vectors),
-        None if cell is None else cell_affine(parameters),
-        _inverse_counts(problems),
-        rows,
-        layout,
+    given = Given(
+        _row_gradients([g[0] for g in gradients], rows.rows, ran.h),
+        torch.stack([_given(g[1], call.h, dtype) for g, call in zip(gradients, calls, strict=True)]),
+        d_c,
     )
+    sums = Sums.empty(rows, directions, hidden, device, column=column_needed, cell=cell is not None)
+    wanted = Wanted(hidden_side.memory, d_input, column_needed, later, packing.mask is not None)
+    weight = stacked([p.weight_hh.t() for p in parameters])
+    of_columns, affine_c = torch.stack(vectors), None if cell is None else cell_affine(parameters)
+    inverse = _inverse_counts(problems)
+    with _summed_in_float32():
+        for block in hidden_side.blocks:
+            deviation, centred = hidden_side.prepare(block)
+            kept = Kept(deviation, ran.x, ran.c, hidden_side.table, ih, cell)
+            launch_backward.backward(
+                *(kept, given, wanted, weight, of_columns, affine_c, inverse, rows, sums, block), explicit=layout
+            )
+            hidden_side.finish(block, centred)
+            del kept, deviation, centred
     if later and d_input is not None:
         _spread(d_input, ran, vectors[1], vectors[3], sums, rows, packing.count)
 
     d_weight_hh = d_weight_ih = d_x = d_h = None
     with _summed_in_float32():
         if needed.weight_hh:
-            d_weight_hh = _hidden_weight_gradient(d_hidden, of_hidden, vectors[0], sums, share, frozen=problem.frozen)
+            d_weight_hh = hidden_side.weight_gradient(vectors[0], sums, share)
         if needed.h:
-            first = d_hidden[:, : rows.batch]
-            d_h = [torch.mm(d, p.weight_hh) for d, p in zip(first, parameters, strict=True)]
-        del of_hidden, d_hidden  # their memory is wanted below
+            d_h = hidden_side.state_gradient()
+        del hidden_side, wanted, given  # their memory is wanted below
         if needed.weight_ih:
             d_weight_ih = _input_weight_gradient(calls, ran, d_input, ih[1], pull, vectors[1], sums, share, rows)
         if needed.x and d_input is not None:
@@ -269,20 +345,6 @@ def _row_gradients(gradients: list[Tensor | None], rows: int, h: Tensor) -> Tens
     if all(gradient is None for gradient in gradients):
         return None
     return stacked([h.new_zeros(rows, h.shape[2]) if gradient is None else gradient for gradient in gradients])
-
-
-def _hidden_weight_gradient(
-    d_hidden: Tensor, side: _Hidden, gamma: Tensor, sums: Sums, share: Tensor | None, *, frozen: bool
-) -> list[Tensor]:
-    """Of W_hh, each [4H, H]: Σ dz ⊗ (h − h̄), and Σ dz ⊗ h̄ where the rows' dz do not add up to zero."""
-    assert side.centred is not None
-    assert side.mean is not None
-    found = [torch.mm(d.t(), h) for d, h in zip(d_hidden, side.centred, strict=True)]
-    if frozen or share is not None:
-        row_sums = _row_sums(gamma, side.table[1], share, -side.table[0], sums.columns[0], sums.columns[1])
-        rest = torch.bmm(row_sums.mT, side.mean)
-        found = [f + r for f, r in zip(found, rest, strict=True)]
-    return found
 
 
 def _centred_over_all(x: Tensor, problem: Problem) -> Tensor:

@@ -213,6 +213,7 @@ def _backward(
         states(ways, rows.rows, hidden), states(ways, rows.batch, hidden), floats(ways, rows.batch, hidden)
     )
     d_input = None if narrow else states(ways, rows.rows, 4 * hidden)
+    sums = launch_backward.Sums.empty(rows, ways, hidden, kept.c.device, column=narrow, cell=cell_norm)
     wanted = launch_backward.Wanted(states(ways, rows.rows, 4 * hidden), d_input, narrow, later, fill)
     launch_backward.backward(
         kept,
@@ -223,7 +224,8 @@ def _backward(
         floats(2, ways, hidden) if cell_norm else None,
         floats(ways, STEPS),
         rows,
-        explicit_backward_config(),
+        sums,
+        explicit=explicit_backward_config(),
     )
 
 

@@ -77,11 +77,11 @@ def product_of_rows(
     )
 
 
-@triton.jit(do_not_specialize=["t0", "t1", "steps", "rows", "batch"])
+@triton.jit(do_not_specialize=["t0", "t1", "steps", "rows", "batch", "block_rows", "block_first"])
 def backward_kernel(
-    d_z_ptr,  # [dirs, R, 4H] gradient of W_hh h; written. May be the memory of deviation_ptr
+    d_z_ptr,  # [dirs, block_rows, 4H] gradient of W_hh h; written. May be the memory of deviation_ptr
     d_x_ptr,  # [dirs, R, 4H] gradient of W_ih x, or with SUMMED_LATER of the pre-activation; written with STORE_X
-    deviation_ptr,  # [dirs, R, 4H] W_hh h less some mean
+    deviation_ptr,  # [dirs, block_rows, 4H] W_hh h less some mean
     x_ptr,  # [dirs, R, 4H] W_ih x; NARROW: [dirs, R] float32. May be the memory of d_x_ptr
     c_ptr,  # [dirs, B + R, H] float32 cell states: c_0, then c of all rows
     w_ptr,  # [dirs, H, 4H] W_hh transposed
@@ -106,6 +106,8 @@ def backward_kernel(
     steps,  # T
     rows,  # R
     batch,  # B
+    block_rows,  # rows of d_z_ptr and deviation_ptr: those of steps t0..t1, and behind them step t1's, or all R
+    block_first,  # the first of them, among R
     H: tl.constexpr,
     U: tl.constexpr,  # hidden units of a program
     BB: tl.constexpr,  # batch rows of a tile
@@ -144,9 +146,10 @@ def backward_kernel(
     direction = tl.program_id(1).to(tl.int64)
     directions = tl.num_programs(1).to(tl.int64)
     unit, _, owned_unit, _ = owned_columns(U, H)  # [U]
-    d_z_ptr += direction * rows * 4 * H
+    in_block = (direction * block_rows - block_first) * 4 * H
+    d_z_ptr += in_block
     d_x_ptr += direction * rows * 4 * H
-    deviation_ptr += direction * rows * 4 * H
+    deviation_ptr += in_block
     x_ptr += direction * rows * (1 if NARROW else 4 * H)
     c_ptr += direction * (batch + rows) * H
     w_ptr += direction * 4 * H * H
@@ -223,20 +226,36 @@ def backward_kernel(
             wait(counter_ptr, done * PROGRAMS * (2 if DIVIDED else 1), SYNC, _NAME)
         if PRODUCT and DIVIDED:
             if ONE_TILE:
-                b = group * PB + tl.arange(0, PB)
+                row_of_part = group * PB + tl.arange(0, PB)
                 partial = product_of_rows(
-                    d_z_next, w_ptr, resident, which, b, n_next, H, EXTENT, BK, EXACT, RESIDENT, PRECISION, INTERPRETED
+                    d_z_next,
+                    w_ptr,
+                    resident,
+                    which,
+                    row_of_part,
+                    n_next,
+                    H,
+                    EXTENT,
+                    BK,
+                    EXACT,
+                    RESIDENT,
+                    PRECISION,
+                    INTERPRETED,
                 )  # [MADE, PB]
-                tl.store(state_rows(own_part, 0, b, made, H), partial, mask=exists[:, None] & (b < n_next)[None, :])
+                tl.store(
+                    state_rows(own_part, 0, row_of_part, made, H),
+                    partial,
+                    mask=exists[:, None] & (row_of_part < n_next)[None, :],
+                )
             else:
                 for start in range(group * PB, n_next, GROUPS * PB):
-                    b = start + tl.arange(0, PB)
+                    row_of_part = start + tl.arange(0, PB)
                     partial = product_of_rows(
                         d_z_next,
                         w_ptr,
                         resident,
                         which,
-                        b,
+                        row_of_part,
                         n_next,
                         H,
                         EXTENT,
@@ -246,7 +265,11 @@ def backward_kernel(
                         PRECISION,
                         INTERPRETED,
                     )
-                    tl.store(state_rows(own_part, 0, b, made, H), partial, mask=exists[:, None] & (b < n_next)[None, :])
+                    tl.store(
+                        state_rows(own_part, 0, row_of_part, made, H),
+                        partial,
+                        mask=exists[:, None] & (row_of_part < n_next)[None, :],
+                    )
             if SYNC != "none":
                 arrive(counter_ptr)
                 wait(counter_ptr, (2 * done + 1) * PROGRAMS, SYNC, _NAME)

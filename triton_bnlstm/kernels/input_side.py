@@ -19,33 +19,37 @@ def load_tile(x_ptr, row, live, column, inside, columns):
     return tl.load(place, mask=inside[:, None] & live[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["steps", "rows", "batch"])
+@triton.jit(do_not_specialize=["steps", "rows", "batch", "first_step", "block_rows", "block_first"])
 def moments_kernel(
     x_ptr,  # [dirs, R, C] rows of all steps; BEFORE: [dirs, B + R, C] states, the initial ones first
     moments_ptr,  # [2, dirs, T, C] float32 mean and biased variance of each step's live rows; written
-    centred_ptr,  # [dirs, R, C] live rows less their mean; written with CENTRE
+    centred_ptr,  # [dirs, block_rows, C] live rows less their mean; written with CENTRE
     first_ptr,  # [T + 1] int64: step t's rows are from first[t + 1] − B on; BEFORE: the rows before it from first[t] on
     count_ptr,  # [T] int32 live rows n of each step, a prefix of its rows
     columns,  # C
     steps,  # T
     rows,  # R
     batch,  # B
+    first_step,  # of the block of steps that this launch is for
+    block_rows,  # rows that centred_ptr has place for
+    block_first,  # the first of them, among R
     CENTRE: tl.constexpr,
     BEFORE: tl.constexpr,
     BR: tl.constexpr,  # rows of a tile
     BC: tl.constexpr,  # columns of a program
 ):
     """One program per step, block of columns and direction; the batch is walked in tiles, merged in their order."""
-    t = tl.program_id(0)
+    t = first_step + tl.program_id(0)
     column = tl.program_id(1) * BC + tl.arange(0, BC)  # [BC]
     direction, directions = tl.program_id(2).to(tl.int64), tl.num_programs(2).to(tl.int64)
     inside = column < columns
     n = tl.load(count_ptr + t)
-    row0 = (direction * rows + tl.load(first_ptr + t + 1) - batch) * columns  # its first element
+    row0 = tl.load(first_ptr + t + 1) - batch
     if BEFORE:
         x_ptr += (direction * (rows + batch) + tl.load(first_ptr + t)) * columns
     else:
-        x_ptr += row0
+        x_ptr += (direction * rows + row0) * columns
+    centred_ptr += (direction * block_rows + row0 - block_first) * columns
     mean = tl.zeros((BC,), tl.float32)
     squares = tl.zeros((BC,), tl.float32)
     seen = 0.0
@@ -62,7 +66,7 @@ def moments_kernel(
         for start in range(0, n, BR):
             row = start + tl.arange(0, BR)
             x = load_tile(x_ptr, row, row < n, column, inside, columns) - mean[:, None]
-            place = centred_ptr + row0 + row.to(tl.int64)[None, :] * columns + column[:, None]
+            place = centred_ptr + row.to(tl.int64)[None, :] * columns + column[:, None]
             tl.store(place, x.to(centred_ptr.dtype.element_ty), mask=inside[:, None] & (row < n)[None, :])
 
 

@@ -36,6 +36,20 @@ class Rows(NamedTuple):
     batch: int
 
 
+class Block(NamedTuple):
+    """Some steps: first..last, the first of their rows among all R, and how many rows they have."""
+
+    first: int
+    last: int
+    first_row: int
+    rows: int
+
+    @classmethod
+    def whole(cls, rows: Rows) -> Block:
+        """All steps."""
+        return cls(0, rows.steps, 0, rows.rows)
+
+
 class CellNorm(NamedTuple):
     """affine: [2, dirs, H] γ_c and β_c. population: [2, dirs, T, H], or None where no seat is vacated."""
 
@@ -63,22 +77,34 @@ def product_precision(dtype: torch.dtype, device: torch.device) -> str:
     return "tf32" if allowed and device_of(device).capability >= 80 else "ieee"
 
 
-def moments(x: Tensor, rows: Rows, centred: Tensor | None = None, *, before: bool = False) -> Tensor:
+def moments(
+    x: Tensor,
+    rows: Rows,
+    centred: Tensor | None = None,
+    *,
+    before: bool = False,
+    block: Block | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
     """Mean and biased variance of each step's live rows of x [dirs, R, C] → [2, dirs, T, C] float32.
 
     centred: [dirs, R, C], takes the live rows less their mean.
     before: x is [dirs, B + R, C], states with the initial ones first, and a step's rows are those before it.
+    block: only these steps, whose rows are all that centred has place for. into: takes the result.
     """
     directions, _, columns = x.shape
-    found = empty(2, directions, rows.steps, columns, dtype=torch.float32, device=x.device)
-    block = 64 if columns > 16 else 16
-    grid = (rows.steps, triton.cdiv(columns, block), directions)
+    found = into
+    if found is None:
+        found = empty(2, directions, rows.steps, columns, dtype=torch.float32, device=x.device)
+    part = block or Block.whole(rows)
+    width = 64 if columns > 16 else 16
+    grid = (part.last - part.first, triton.cdiv(columns, width), directions)
     _run(
         moments_kernel,
         grid,
         (x, found, x if centred is None else centred, rows.first, rows.count),
-        (columns, rows.steps, rows.rows, rows.batch),
-        {"CENTRE": centred is not None, "BEFORE": before, "BR": 64, "BC": block},
+        (columns, rows.steps, rows.rows, rows.batch, part.first, part.rows, part.first_row),
+        {"CENTRE": centred is not None, "BEFORE": before, "BR": 64, "BC": width},
         {"num_warps": 4},
     )
     return found
@@ -232,6 +258,7 @@ def recur(
     *,
     explicit: Config | None = None,
     backwards: bool = False,
+    block: Block | None = None,
 ) -> None:
     """All steps of a recurrent kernel, by the layout that was asked for or the device's default one.
 
@@ -244,8 +271,10 @@ def recur(
         layout: chooses a layout, as `default_config`.
         explicit: the layout that was asked for; None: what `use_config` says.
         backwards: the last step comes first.
+        block: only these steps.
     """
     device = device_of(case.device)
+    steps = (0, rows.steps) if block is None else (block.first, block.last)
     choose = partial(layout, device, case.hidden, rows.batch, case.directions, case.dtype, str(shared["PRECISION"]))
     if explicit is None and not backwards:
         explicit = explicit_config()
@@ -261,7 +290,7 @@ def recur(
                 raise
             room = 0  # another layout may compile
         if launch.programs <= room and rows.steps * launch.programs * launch.arguments.meetings < MOST_ARRIVALS:
-            _run(kernel, *launch.call(0, rows.steps, rows))
+            _run(kernel, *launch.call(*steps, rows))
             if launch.constants["SYNC"] == "drain":
                 meetings = (launch.counter.shape[0],)
                 name = {"KERNEL": f"{kernel.__name__} {NOT_MET}"}
@@ -274,7 +303,7 @@ def recur(
             )
         config = choose(steps=1)
     launch = _prepare(kernel, arguments(config), shared, case, config)
-    for t in reversed(range(rows.steps)) if backwards else range(rows.steps):
+    for t in reversed(range(*steps)) if backwards else range(*steps):
         for changes in launch.arguments.phases:
             _run(kernel, *launch.call(t, t + 1, rows, changes))
 

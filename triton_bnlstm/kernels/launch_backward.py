@@ -12,13 +12,14 @@ from .backward import backward_kernel
 from .backward_config import default_backward_config
 from .config import BackwardConfig, Config
 from .input_side import finish_kernel
-from .launch import Arguments, Case, Rows, _run, empty, product_precision, recur
+from .launch import Arguments, Block, Case, Rows, _run, empty, product_precision, recur
 
 
 class Kept(NamedTuple):
     """What the recurrence's forward left.
 
-    deviation: [dirs, R, 4H] W_hh h less some mean. x: [dirs, R, 4H] W_ih x, or [dirs, R] float32 x of one column, less
+    deviation: [dirs, R, 4H] W_hh h less some mean, or that of a block's rows.
+    x: [dirs, R, 4H] W_ih x, or [dirs, R] float32 x of one column, less
         some mean. c: [dirs, B + R, H] float32.
     hh, ih: [2, dirs, T, 4H] float32 mean, relative to the tensors above, and 1/σ of both norms. cell: [2, dirs, T, H]
         likewise, None without cell norm.
@@ -46,7 +47,8 @@ class Given(NamedTuple):
 class Wanted(NamedTuple):
     """Where gradients go.
 
-    hidden: [dirs, R, 4H] of W_hh h. input: [dirs, R, 4H] of W_ih x, None if nobody needs it.
+    hidden: [dirs, R, 4H] of W_hh h; or of a block's rows, with those of the step behind it behind them.
+    input: [dirs, R, 4H] of W_ih x, None if nobody needs it.
     column: whether the sums include that of W_ih's one column.
     summed_later: the input norm's statistics are those of all steps: `input` takes pre-activations' gradients.
     fill: rows that are not live are written too, as zeros.
@@ -69,6 +71,16 @@ class Sums(NamedTuple):
     columns: Tensor
     cells: Tensor | None
 
+    @classmethod
+    def empty(cls, rows: Rows, directions: int, hidden: int, device: torch.device, *, column: bool, cell: bool) -> Sums:
+        """Place for them."""
+
+        def floats(*shape: int) -> Tensor:
+            return empty(*shape, dtype=torch.float32, device=device)
+
+        columns = floats(4 if column else 3, directions, rows.steps, 4 * hidden)
+        return cls(columns, floats(2, directions, rows.steps, hidden) if cell else None)
+
 
 def backward(
     kept: Kept,
@@ -79,9 +91,11 @@ def backward(
     affine_c: Tensor | None,
     inverse: Tensor,
     rows: Rows,
+    sums: Sums,
+    block: Block | None = None,
     explicit: BackwardConfig | None = None,
-) -> Sums:
-    """The recurrence backwards. Writes what `wanted` names and given.c_n.
+) -> None:
+    """The recurrence backwards. Writes what `wanted` names, given.c_n and sums.
 
     Args:
         kept, given, wanted: see there. wanted.hidden may be kept.deviation, and wanted.input kept.x.
@@ -90,6 +104,8 @@ def backward(
         affine_c: [2, dirs, H] float32 γ_c, β_c.
         inverse: [dirs, T] float32 1/(n+κ), zeros for statistics that are constants.
         rows: which rows exist.
+        sums: takes the sums of the steps.
+        block: only these steps; those behind it have been done, and given.c_n is what they have left there.
         explicit: the layout that is asked for.
 
     Raises:
@@ -101,10 +117,6 @@ def backward(
     def floats(*shape: int) -> Tensor:
         return empty(*shape, dtype=torch.float32, device=device)
 
-    sums = Sums(
-        floats(4 if wanted.column else 3, directions, rows.steps, 4 * hidden),
-        None if kept.cell is None else floats(2, directions, rows.steps, hidden),
-    )
     nothing = vectors  # in the place of a pointer that is not used
     tensors = (
         wanted.hidden,
@@ -135,11 +147,12 @@ def backward(
             "ONE_TILE": config.groups * config.product_tile(rows.batch) >= rows.batch,
             "WALK": walk,
         }
-        found = Arguments((config.programs(hidden), directions), (*tensors, parts, scratch), (), constants)
+        found = Arguments((config.programs(hidden), directions), (*tensors, parts, scratch), in_block, constants)
         if config.divided:
             found = found._replace(phases=({"CELLS": False}, {"PRODUCT": False}), meetings=2)
         return found
 
+    in_block = (wanted.hidden.shape[1], 0 if block is None else block.first_row)
     shared = {
         "PRODUCT": True,
         "CELLS": True,
@@ -153,8 +166,12 @@ def backward(
         "PRECISION": product_precision(weight.dtype, device),
     }
     case = Case(device, weight.dtype, directions, hidden)
-    recur(backward_kernel, arguments, shared, case, rows, default_backward_config, explicit=explicit, backwards=True)
-    return sums
+    recur(
+        *(backward_kernel, arguments, shared, case, rows, default_backward_config),
+        explicit=explicit,
+        backwards=True,
+        block=block,
+    )
 
 
 def finish(d: Tensor, z: Tensor, column: Tensor, mean: Tensor, terms: Tensor, rows: Rows) -> None:
