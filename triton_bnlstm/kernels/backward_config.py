@@ -165,8 +165,8 @@ def _laid_out(
     grouped = matrix and device.multiplies_in_groups(rows_of_product)
     blackwell = device.capability >= 100
     # Four warps alone with 128 rows hold as much of them again, a slice on its way to shared memory above all. On B200
-    # one thread starts a whole product, and eight warps may hold less of 64 rows too, unless gates are few.
-    several = rows_of_product >= 128 or (grouped and blackwell and elements >= MOST_TILE // 4)
+    # one thread starts a whole product: there eight warps may hold less of 64 rows too, but spill where gates are few.
+    several = 4 * units * tile >= MOST_TILE // 4 if grouped and blackwell else rows_of_product >= 128
     warps = 8 if elements >= MOST_TILE // 2 or (matrix and several and device.backend == "cuda") else 4
     room = device.shared_per_program - SPARE_SHARED
     extent = -(-4 * hidden // (splits * RESIDENT_INNER)) * RESIDENT_INNER
