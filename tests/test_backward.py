@@ -35,6 +35,7 @@ from triton_bnlstm import dispatch, fused_backward
 from triton_bnlstm.kernels import launch, launch_backward
 from triton_bnlstm.kernels.config import use_config
 from triton_bnlstm.kernels.errors import KernelError
+from triton_bnlstm.packing import Packing
 
 need_kernels()
 pytestmark = pytest.mark.usefixtures("bands")
@@ -81,6 +82,39 @@ def test_what_is_kept_does_not_matter(save, columns, lengths, dtype):
     bound = FLOAT32 if dtype == torch.float32 else FLOAT16
     with use_config(step_mode(), backward=backward(splits=2)):
         check(layer, torch.randn(6, 5, columns).to(dtype), LENGTHS[lengths], bound=bound)
+
+
+@pytest.mark.parametrize("lengths", [None, [6, 5, 5, 4, 2, 1], [6, 6, 1, 1, 1, 1]], ids=["equal", "ragged", "tail"])
+@pytest.mark.parametrize("where", ["host", "device"])
+@pytest.mark.parametrize("input_stats", ["time", "sequence"])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_blocks_of_steps(columns, input_stats, where, lengths, monkeypatch):
+    """W_hh h made again for a few steps at a time, among them one of the last rows alone."""
+    if where == "device":
+        device_lengths(monkeypatch)
+    monkeypatch.setattr(fused_backward, "_BLOCK_ROWS", 8)
+    layer = kernel_layer(columns, 5, cell_norm=True, input_stats=input_stats, save="recompute")
+    noted = launched(monkeypatch)
+    with use_config(step_mode(), backward=backward(splits=2, groups=1 if where == "host" else 2)):
+        check(layer, torch.randn(6, 6, columns), lengths)
+    assert noted
+
+
+def test_blocks_are_all_steps_once():
+    sizes = (7, 7, 6, 6, 6, 3, 1, 1)
+    for most in (1, 5, 8, 20, 100):
+        packing = Packing.of_host_lengths(8, torch.tensor([8, 6, 6, 5, 5, 5, 2]), torch.device("cpu"))
+        assert packing.sizes == sizes
+        blocks = fused_backward._blocks(packing, most)
+        assert len(blocks) <= 8
+        end, last = sum(sizes), len(sizes)
+        for block in blocks:
+            assert block.last == last
+            assert block.rows == sum(sizes[block.first : block.last])
+            assert block.first_row == end - block.rows
+            end, last = block.first_row, block.first
+        assert (end, last) == (0, 0)
+    assert len(blocks) == 1
 
 
 @pytest.mark.parametrize("where", ["host", "device"])

@@ -273,12 +273,13 @@ def test_graph_capture_of_a_training_step(mode, save):
 
 
 def losses(layer: BNLSTM, head: torch.nn.Linear, x: Tensor, target: Tensor, steps: int) -> list[float]:
-    """Training losses of an overfit run on one batch."""
-    parameters = [*layer.parameters(), *head.parameters()]
-    optimiser = torch.optim.Adam(parameters, lr=2e-3)
+    """Training losses of an overfit run on one batch, with float32 copies of the parameters to be moved."""
+    dtype = next(layer.parameters()).dtype
+    own = {name: p.detach().float().clone().requires_grad_() for name, p in layer.named_parameters()}
+    optimiser = torch.optim.Adam([*own.values(), *head.parameters()], lr=2e-3)
     found = []
     for _ in range(steps):
-        output = layer(x)[0]
+        output = torch.func.functional_call(layer, {name: p.to(dtype) for name, p in own.items()}, (x,))[0]
         loss = torch.nn.functional.mse_loss(head(output.to(head.weight.dtype)), target)
         optimiser.zero_grad()
         loss.backward()
@@ -291,8 +292,9 @@ def losses(layer: BNLSTM, head: torch.nn.Linear, x: Tensor, target: Tensor, step
 def test_an_overfit_run_follows_the_reference(save):
     """500 steps of Adam in bfloat16 on the kernels against float32 on the reference path.
 
-    bfloat16 parameters move in units of 2⁻⁹ of themselves, so the curves part late in the run; in a band of 25 % over
-    means of 25 steps, or 1 % of the first loss, they are the same.
+    Means of 25 steps, in a band of 15 % and 0.5 % of the first one: the reference path itself, in bfloat16 on a CPU,
+    keeps within 5.3 % of float32 in this run. Parameters stay float32, since ones that move in units of 2⁻⁹ of
+    themselves leave that band after 300 steps whatever computes them.
     """
     torch.manual_seed(2)
     steps, batch, columns, hidden = 30, 64, 16, 128
@@ -309,7 +311,7 @@ def test_an_overfit_run_follows_the_reference(save):
         curves.append(losses(layer, head, x.to(dtype), target, 500))
     expected, found = (torch.tensor(curve).view(-1, 25).mean(1) for curve in curves)
     assert expected[-1] < 0.5 * expected[0]  # or nothing has been learnt
-    assert ((found - expected).abs() <= 0.25 * expected + 0.01 * expected[0]).all(), (expected, found)
+    assert ((found - expected).abs() <= 0.15 * expected + 0.005 * expected[0]).all(), (expected, found)
 
 
 def test_no_synchronisation():

@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 from tests.concurrent import ProgramsError, program_place, programs_at_once
+from triton_bnlstm import fused_backward
 from triton_bnlstm.kernels import backward, forward, inference, launch
 from triton_bnlstm.kernels.config import BackwardConfig, Config, use_config
 
@@ -156,6 +157,12 @@ def test_backward_walks_a_batch_of_several_tiles(layout, lengths):
 def test_backward_of_one_column(layout, training):
     forward_grid = (2, 2) if training else (2, 1, 2)
     assert_same_as_steps(forward_grid, (2, 2), backward=layout, input_size=1, lengths=RAGGED, training=training)
+
+
+def test_backward_in_blocks_of_steps(monkeypatch):
+    """A launch for each block; the first steps of one are behind the last of the next."""
+    monkeypatch.setattr(fused_backward, "_BLOCK_ROWS", 5)
+    assert_same_as_steps(*[(2, 2)] * 3, backward=DIVIDED, save="recompute", lengths=RAGGED)
 
 
 def test_backward_with_more_parts_of_the_product_than_units():
