@@ -197,11 +197,13 @@ def test_gradients_of_any_layout(bidirectional, gradient_of):
         close("", a, e.double().cpu(), 4 * FLOAT32)
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("where", ["host", "device"])
-def test_gradients_of_padding_are_not_read(where, monkeypatch):
+def test_gradients_of_padding_are_not_read(where, backend, monkeypatch):
     if where == "device":
         device_lengths(monkeypatch)
     layer = kernel_layer(2, 4, cell_norm=True)
+    layer.backend = backend
     x = torch.randn(4, 3, 2, device=DEVICE, requires_grad=True)
     lengths = [4, 1, 3]
     found = []
@@ -301,15 +303,87 @@ def test_saved_memory_takes_the_gradients(bands, save, made):
     assert len(large) == made
 
 
-def test_a_torch_that_cannot_tell_whether_the_graph_is_kept(bands, monkeypatch):
+@pytest.mark.parametrize("missing", ["_get_current_graph_task_keep_graph", "_top_saved_tensors_default_hooks"])
+def test_a_torch_that_cannot_tell_whether_memory_is_free(bands, monkeypatch, missing):
     """What was saved is then left as it is."""
-    monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
-    assert fused_backward._graph_is_kept()
+    monkeypatch.delattr(torch._C._autograd, missing, raising=False)
     x = torch.randn(5, 3, 3, device=DEVICE, requires_grad=True)
     loss = kernel_layer(3, 4)(x)[0].square().sum()
     before = len(bands)
     loss.backward()
     assert len([size for _, size in bands[before:] if size >= 5 * 3 * 16]) == 2
+
+
+def test_what_hooks_have_seen_is_left_as_it_is():
+    layer = kernel_layer(3, 4)
+    x = torch.randn(5, 3, 3, device=DEVICE, requires_grad=True)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: seen.append(s) or s, lambda s: s):
+        loss = layer(x)[0].square().sum()
+    before = [s.clone() for s in seen]
+    loss.backward()
+    assert all(torch.equal(a, b) for a, b in zip(seen, before, strict=True))
+
+
+@pytest.mark.parametrize("failing", ["the backward", "a hook"])
+def test_a_backward_that_did_not_finish_cannot_be_repeated(monkeypatch, failing):
+    """Its memory has been written over: no numbers are better than wrong ones."""
+    layer = kernel_layer(3, 4)
+    x = torch.randn(5, 3, 3, device=DEVICE, requires_grad=True)
+    output = layer(x)[0]
+
+    def broken(*_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        if failing == "the backward":
+            patch.setattr(fused_backward, "_input_weight_gradient", broken)
+        else:
+            node = output.grad_fn
+            while type(node).__name__ != "_LayerBackward":
+                node = node.next_functions[0][0]
+            hook = node.register_hook(broken)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.autograd.grad(output.sum(), x)
+    if failing == "a hook":
+        hook.remove()
+    with pytest.raises(RuntimeError, match=r"did not finish.*run the forward again"):
+        torch.autograd.grad(output.sum(), x)
+
+
+def test_one_gradient_at_a_time(auto):
+    """A batch of them is refused as such, and not taken for a kernel that cannot run."""
+    layer = kernel_layer(3, 4)
+    layer.backend = "auto"
+    x = torch.randn(2, 3, 3, device=DEVICE, requires_grad=True)
+    output = layer(x)[0]
+    with pytest.raises(RuntimeError, match="one gradient at a time"):
+        torch.autograd.grad(output, x, torch.ones(2, *output.shape, device=DEVICE), is_grads_batched=True)
+    assert not dispatch._failed
+
+
+@pytest.mark.parametrize("needed", ["weight_hh_l0_reverse", "weight_ih_l0", "gamma_hh_l0_reverse"])
+def test_what_one_direction_needs(needed):
+    """The other one's products are left out."""
+    layer = kernel_layer(3, 4, bidirectional=True).requires_grad_(False)
+    getattr(layer, needed).requires_grad_()
+    twin = copy.deepcopy(layer)
+    twin.backend = "reference"
+    x = torch.randn(4, 3, 3, device=DEVICE)
+    output = layer(x, lengths=[4, 2, 1])[0]
+    with Operations() as done:
+        (found,) = torch.autograd.grad(output.square().sum(), getattr(layer, needed))
+    assert done.products == needed.startswith("weight")
+    (expected,) = torch.autograd.grad(twin(x, lengths=[4, 2, 1])[0].square().sum(), getattr(twin, needed))
+    close(needed, found, expected.double().cpu(), 4 * FLOAT32)
+
+
+def test_gradients_of_vectors_are_their_own():
+    """Not parts of one storage, which each of them would keep."""
+    layer = kernel_layer(3, 4, cell_norm=True)
+    layer(torch.randn(4, 3, 3, device=DEVICE))[0].sum().backward()
+    for p in layer.parameters():
+        assert p.grad.untyped_storage().nbytes() == p.numel() * 4
 
 
 def test_gradients_with_a_graph_are_refused():

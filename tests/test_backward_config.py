@@ -10,6 +10,7 @@ from triton_bnlstm.kernels import backward_config
 from triton_bnlstm.kernels.backward_config import bytes_around_the_loop, default_backward_config, exchanged_bytes
 from triton_bnlstm.kernels.config import (
     BackwardConfig,
+    Config,
     explicit_backward_config,
     explicit_config,
     use_config,
@@ -76,6 +77,19 @@ def test_bad_backward_layouts(change, message):
     good = {"sequence": False, "units": 4, "batch_tile": 16, "inner": 16, "resident": False, "warps": 4, "stages": 1}
     with pytest.raises(ValueError, match=message):
         BackwardConfig(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("layouts", "message"),
+    [
+        ({"backward": Config(False, 4, 16, 16, False, 4, 1)}, "backward must be a BackwardConfig, got Config"),
+        ({"config": BackwardConfig(False, 4, 16, 16, False, 4, 1)}, "config must be a Config, got BackwardConfig"),
+        ({"config": "sequence"}, "config must be a Config, got str"),
+    ],
+)
+def test_layouts_of_the_wrong_kind(layouts, message):
+    with pytest.raises(TypeError, match=message), use_config(**layouts):
+        pass
 
 
 def test_a_backward_layout_is_asked_for_where_the_call_is():

@@ -24,6 +24,7 @@ from tests.concurrent import ProgramsError, program_place, programs_at_once
 from triton_bnlstm import fused_backward
 from triton_bnlstm.kernels import backward, forward, inference, launch
 from triton_bnlstm.kernels.config import BackwardConfig, Config, use_config
+from triton_bnlstm.kernels.errors import KernelError
 
 need_kernels()
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="kernels are compiled here: they run on a GPU")
@@ -157,6 +158,14 @@ def test_backward_walks_a_batch_of_several_tiles(layout, lengths):
 def test_backward_of_one_column(layout, training):
     forward_grid = (2, 2) if training else (2, 1, 2)
     assert_same_as_steps(forward_grid, (2, 2), backward=layout, input_size=1, lengths=RAGGED, training=training)
+
+
+def test_arrivals_at_both_barriers_count(monkeypatch):
+    """Towards what a counter can hold: three steps of four programs that meet twice."""
+    monkeypatch.setattr(launch, "MOST_ARRIVALS", 2 * STEPS * 4)
+    run(PLAIN, backward=BACKWARD)
+    with pytest.raises(KernelError, match="sequence mode"):
+        run(PLAIN, backward=DIVIDED)
 
 
 def test_backward_in_blocks_of_steps(monkeypatch):

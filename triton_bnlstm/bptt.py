@@ -166,7 +166,7 @@ def backward(
             c_before = saved[t - 1].c[:n] if t > 0 else c_0
             d_h_new, d_c_new = d_h + d_rows[t], d_c
             if mask is not None:
-                d_h_new, d_c_new = d_h_new * mask, d_c * mask
+                d_h_new, d_c_new = torch.where(mask, d_h_new, 0), torch.where(mask, d_c, 0)
 
             through = d_h_new * o  # gradient of tanh's output, then of its input, then of c
             if norm_c is None:

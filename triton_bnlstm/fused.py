@@ -68,8 +68,9 @@ def saved_bytes(
         save="preactivations"   22 + 48/B       h 2, c 4, W_ih x 8, W_hh h 8; statistics 48 for a step and unit
         save="recompute"        14 + 48/B
         one input column         8 less         x itself, 4/H, instead of W_ih x
-        vacated seats           16/B more       a mean besides the deviation of W_hh h
         cell norm                8/B more
+        vacated seats           80/B more       a mean besides the deviation of W_hh h, 16, and the population that took
+                                                the seats, 64; with cell norm 8/B for that norm's, too
 
     Args:
         steps, batch, rows, hidden: T, B, R and H; R is T·B where no sequence is known to be shorter.
@@ -82,7 +83,8 @@ def saved_bytes(
     states = (rows + batch) * hidden * (size + 4)  # h and float32 c; the first B rows are the initial ones
     inputs = rows * 4 if column else rows * 4 * hidden * size
     deviations = rows * 4 * hidden * size if save == "preactivations" else 0
-    statistics = steps * hidden * (32 + (32 if seats else 16) + (8 if cell_norm else 0))
+    of_cells = 8 if cell_norm else 0
+    statistics = steps * hidden * (48 + of_cells + (16 + 64 + of_cells if seats else 0))
     return states + inputs + deviations + statistics
 
 
@@ -103,6 +105,7 @@ class _Layer(torch.autograd.Function):
             found += moments
         results = _results(h, last_states(h, packing), last_states(c, packing), packing)
         ctx.problems, ctx.options, ctx.layout = problems, options, explicit_backward_config()
+        ctx.may_reuse, ctx.spent = _saved_as_they_are(), False
         ctx.set_materialize_grads(False)
         # The output is h's memory; as a tensor of its own it lets autograd see when somebody writes over it.
         ctx.save_for_backward(*inputs, *results[::_OUTPUTS], h, c, x, *tables)
@@ -117,6 +120,13 @@ class _Layer(torch.autograd.Function):
         h, c, x, *tables = tuple(places)[count:]  # behind the outputs
         flags = [ctx.needs_input_grad[3:][k * _INPUTS : (k + 1) * _INPUTS] for k in range(count)]
         wanted = [gradients[k * _OUTPUTS : (k + 1) * _OUTPUTS] for k in range(count)]
+        if any(_batched(gradient) for gradient in gradients):
+            raise RuntimeError("the kernels take one gradient at a time: is_grads_batched and vmap are not supported")
+        if ctx.spent:
+            raise RuntimeError(
+                "an earlier backward through this layer did not finish, and has written over what the forward had "
+                "kept: run the forward again, or keep the graph (retain_graph=True)"
+            )
         with torch.autocast(h.device.type, enabled=False):  # as the forward
             if torch.is_grad_enabled():
                 if options.only_kernels:
@@ -124,8 +134,11 @@ class _Layer(torch.autograd.Function):
                 options.tell("gradients with a graph of their own (create_graph=True) run on the reference path")
                 return None, None, None, *_by_the_reference(inputs, problems, wanted, flags)
             ran = Trained(h, c, [], x, *(tables or (None,) * 4))
+            ctx.spent = reuse = ctx.may_reuse and not _graph_is_kept()
             try:
-                found = fused_backward.backward(_calls_of(inputs, problems), ran, wanted, flags, ctx.layout)
+                found = fused_backward.backward(
+                    _calls_of(inputs, problems), ran, wanted, flags, ctx.layout, reuse=reuse
+                )
             except KernelError as error:
                 if options.only_kernels or ctx.layout is not None:
                     raise
@@ -133,6 +146,24 @@ class _Layer(torch.autograd.Function):
                 with torch.enable_grad():
                     found = [d if d is None else d.detach() for d in _by_the_reference(inputs, problems, wanted, flags)]
             return None, None, None, *found
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward may be followed by another one through the same graph; True if that is not known."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if asked is None else bool(asked())
+
+
+def _saved_as_they_are() -> bool:
+    """Whether nobody's hooks (`torch.autograd.graph.saved_tensors_hooks`) see what is saved now, and may keep it."""
+    asked = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return asked is not None and asked(False) is None
+
+
+def _batched(tensor: Tensor | None) -> bool:
+    """Whether this stands for a batch of tensors, as in vmap or with is_grads_batched."""
+    functorch = torch._C._functorch
+    return tensor is not None and (functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
 
 
 _NO_GRAPH = (

@@ -7,8 +7,6 @@ but for its rounding, is not multiplied with a mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -37,42 +35,18 @@ _BLOCK_ROWS = 4096
 
 
 class Needed(NamedTuple):
-    """Which gradients that cost something somebody wants, of any direction."""
+    """Which gradients that cost something are wanted, for each direction."""
 
-    x: bool
-    h: bool
-    weight_ih: bool
-    weight_hh: bool
+    x: list[bool]
+    h: list[bool]
+    weight_ih: list[bool]
+    weight_hh: list[bool]
 
     @classmethod
     def of(cls, flags: list[tuple[bool, ...]]) -> Needed:
         """From each direction's flags of x, h_0, c_0 and seven parameters."""
-        x, h, _, weight_ih, weight_hh, *_ = (any(of_one) for of_one in zip(*flags, strict=True))
+        x, h, _, weight_ih, weight_hh, *_ = (list(of_one) for of_one in zip(*flags, strict=True))
         return cls(x, h, weight_ih, weight_hh)
-
-
-@contextmanager
-def _summed_in_float32() -> Iterator[None]:
-    """Within it no matrix product of half precision adds partial sums in half precision."""
-    matmul = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = [getattr(matmul, name) for name in names]
-    if not any(before) or not torch.cuda.is_available():
-        yield
-        return
-    try:
-        for name in names:
-            setattr(matmul, name, False)
-        yield
-    finally:
-        for name, value in zip(names, before, strict=True):
-            setattr(matmul, name, value)
-
-
-def _graph_is_kept() -> bool:
-    """Whether the running backward may be followed by another one through the same graph; True if that is not known."""
-    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if asked is None else bool(asked())
 
 
 def _inverse_counts(problems: list[Problem]) -> Tensor:
@@ -125,7 +99,7 @@ class _HiddenSide:
     Block by block where deviations are made again, so that these and their gradients are never there for all rows.
     """
 
-    def __init__(self, ran: Trained, calls: list[Call], rows: Rows, *, weight_needed: bool, reuse: bool) -> None:
+    def __init__(self, ran: Trained, calls: list[Call], rows: Rows, *, weight_needed: list[bool], reuse: bool) -> None:
         self.ran, self.rows, self.weight_needed = ran, rows, weight_needed
         self.problem, self.weights = calls[0].problem, [call.parameters.weight_hh for call in calls]
         self.table = _hidden_table(ran, [call.problem for call in calls])
@@ -137,9 +111,9 @@ class _HiddenSide:
         else:  # behind a block's rows those of the step behind it
             place = max(block.rows for block in self.blocks) + (rows.batch if len(self.blocks) > 1 else 0)
             self.memory = self._empty(place, 4 * ran.h.shape[2])
-        self.total: list[Tensor] | None = None
+        self.total: list[Tensor | None] = [None] * len(calls)
         self.mean: Tensor | None = None
-        if weight_needed or self.again:
+        if any(weight_needed) or self.again:
             self.mean = launch.empty(
                 *(2, len(calls), rows.steps, ran.h.shape[2]), dtype=torch.float32, device=ran.h.device
             )
@@ -169,35 +143,40 @@ class _HiddenSide:
         return self.memory, centred
 
     def finish(self, block: Block, centred: Tensor | None) -> None:
-        """Add this block's part of W_hh's gradient: Σ dz ⊗ (h − h̄)."""
-        if not self.weight_needed or centred is None:
-            return
-        gradients = self.memory[:, : block.rows]
-        if len(self.blocks) == 1:
-            self.total = [torch.mm(d.t(), h) for d, h in zip(gradients, centred, strict=True)]
-            return
-        parts = [_mm_in_float32(d.t(), h) for d, h in zip(gradients, centred, strict=True)]
-        self.total = parts if self.total is None else [t.add_(p) for t, p in zip(self.total, parts, strict=True)]
+        """Add this block's part of W_hh's gradient: Σ dz ⊗ (h − h̄), in directions that need it."""
+        for direction, needed in enumerate(self.weight_needed):
+            if needed and centred is not None:
+                part = _mm_in_float32(self.memory[direction, : block.rows].t(), centred[direction])
+                total = self.total[direction]
+                self.total[direction] = part if total is None else total.add_(part)
 
-    def weight_gradient(self, gamma: Tensor, sums: Sums, share: Tensor | None) -> list[Tensor]:
+    def weight_gradient(self, gamma: Tensor, sums: Sums, share: Tensor | None) -> list[Tensor | None]:
         """Of W_hh, each [4H, H]: what has been added up, and Σ dz ⊗ h̄ where the rows' dz do not add up to zero."""
-        assert self.total is not None
-        assert self.mean is not None
-        if share is None and not self.problem.frozen:
+        if self.mean is None or (share is None and not self.problem.frozen):
             return self.total
         row_sums = _row_sums(gamma, self.table[1], share, -self.table[0], sums.columns[0], sums.columns[1])
-        return [t + r for t, r in zip(self.total, torch.bmm(row_sums.mT, self.mean[0]), strict=True)]
+        rest = torch.bmm(row_sums.mT, self.mean[0])
+        return [None if t is None else t + r for t, r in zip(self.total, rest, strict=True)]
 
-    def state_gradient(self) -> list[Tensor]:
+    def state_gradient(self, needed: list[bool]) -> list[Tensor | None]:
         """Of h_0, each [B, H], when all blocks are done."""
-        return [torch.mm(d, w) for d, w in zip(self.memory[:, : self.rows.batch], self.weights, strict=True)]
+        return _times_weights(self.memory[:, : self.rows.batch], self.weights, needed)
+
+
+def _times_weights(d: Tensor, weights: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
+    """D [dirs, ·, 4H] times each direction's weight [4H, ·], where that is needed."""
+    return [torch.mm(d[k], weight) if needed[k] else None for k, weight in enumerate(weights)]
+
+
+# torch 2.8 and later, on CUDA devices: products of half precision whose partial sums stay float32, however cuBLAS
+# divides them. Elsewhere they are torch's matrix products, with its settings.
+_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
 
 
 def _mm_in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """A product with a float32 result, so that parts of a sum can be added; where torch cannot, rounded before."""
-    if a.is_cuda and a.dtype != torch.float32:
-        with suppress(TypeError):  # before torch 2.8
-            return torch.mm(a, b, out_dtype=torch.float32)
+    """A product over all rows, float32."""
+    if _WIDE_PRODUCTS and a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b).float()
 
 
@@ -249,6 +228,8 @@ def backward(
     gradients: list[tuple[Tensor | None, Tensor | None, Tensor | None]],
     flags: list[tuple[bool, ...]],
     layout: BackwardConfig | None,
+    *,
+    reuse: bool,
 ) -> list[Tensor | None]:
     """Gradients of x, h_0, c_0 and the seven parameters, direction after direction.
 
@@ -258,6 +239,7 @@ def backward(
         gradients: of output rows, h_n and c_n of each direction.
         flags: which gradients are needed.
         layout: of the recurrent kernel, if one is asked for.
+        reuse: gradients may be written over what the forward left; if this raises, it is lost.
 
     Raises:
         KernelError: a kernel cannot run here.
@@ -268,13 +250,11 @@ def backward(
     directions, hidden = len(calls), ran.h.shape[2]
     dtype, device = ran.h.dtype, ran.h.device
     narrow, later = ran.x.dim() == 2, not problem.over_time and not problem.frozen
-    reused = not _graph_is_kept()
-
-    hidden_side = _HiddenSide(ran, calls, rows, weight_needed=needed.weight_hh, reuse=reused)
-    column_needed = narrow and needed.weight_ih and not later
+    hidden_side = _HiddenSide(ran, calls, rows, weight_needed=needed.weight_hh, reuse=reuse)
+    column_needed = narrow and any(needed.weight_ih) and not later
     d_input = None
-    if needed.x or (needed.weight_ih and not column_needed):
-        if reused and not narrow and not later:
+    if any(needed.x) or (any(needed.weight_ih) and not column_needed):
+        if reuse and not narrow and not later:
             d_input = ran.x
         else:
             d_input = launch.empty(directions, rows.rows, 4 * hidden, dtype=dtype, device=device)
@@ -286,7 +266,7 @@ def backward(
     share = pull = None
     if not problem.frozen and problem.population is not None:
         share = shares(problems)
-        if needed.weight_ih and problem.over_time:  # before gradients are written over it
+        if any(needed.weight_ih) and problem.over_time:  # before gradients are written over it
             pull = _input_pull(ran.x, ih, parameters, rows)
     cell = _cell_table(ran, problems)
     d_c = torch.stack([_given(g[2], call.c, torch.float32) for g, call in zip(gradients, calls, strict=True)])
@@ -300,40 +280,45 @@ def backward(
     weight = stacked([p.weight_hh.t() for p in parameters])
     of_columns, affine_c = torch.stack(vectors), None if cell is None else cell_affine(parameters)
     inverse = _inverse_counts(problems)
-    with _summed_in_float32():
-        for block in hidden_side.blocks:
-            deviation, centred = hidden_side.prepare(block)
-            kept = Kept(deviation, ran.x, ran.c, hidden_side.table, ih, cell)
-            launch_backward.backward(
-                *(kept, given, wanted, weight, of_columns, affine_c, inverse, rows, sums, block), explicit=layout
-            )
-            hidden_side.finish(block, centred)
-            del kept, deviation, centred
+    for block in hidden_side.blocks:
+        deviation, centred = hidden_side.prepare(block)
+        kept = Kept(deviation, ran.x, ran.c, hidden_side.table, ih, cell)
+        launch_backward.backward(
+            *(kept, given, wanted, weight, of_columns, affine_c, inverse, rows, sums, block), explicit=layout
+        )
+        hidden_side.finish(block, centred)
+        del kept, deviation, centred
     if later and d_input is not None:
         _spread(d_input, ran, vectors[1], vectors[3], sums, rows, packing.count)
 
-    d_weight_hh = d_weight_ih = d_x = d_h = None
-    with _summed_in_float32():
-        if needed.weight_hh:
-            d_weight_hh = hidden_side.weight_gradient(vectors[0], sums, share)
-        if needed.h:
-            d_h = hidden_side.state_gradient()
-        del hidden_side, wanted, given  # their memory is wanted below
-        if needed.weight_ih:
-            d_weight_ih = _input_weight_gradient(calls, ran, d_input, ih[1], pull, vectors[1], sums, share, rows)
-        if needed.x and d_input is not None:
-            d_x = [torch.mm(d, p.weight_ih) for d, p in zip(d_input, parameters, strict=True)]
+    d_weight_hh = hidden_side.weight_gradient(vectors[0], sums, share)
+    d_h = hidden_side.state_gradient(needed.h)
+    del hidden_side, wanted, given  # what is theirs alone is free for what follows
+    d_weight_ih = _input_weight_gradient(
+        *(calls, ran, d_input, ih[1], pull, vectors[1], sums, share, rows), needed=needed.weight_ih
+    )
+    d_x: list[Tensor | None] = [None] * directions
+    if d_input is not None:
+        d_x = _times_weights(d_input, [p.weight_ih for p in parameters], needed.x)
 
     over_steps = sums.columns.sum(2)  # [.., dirs, 4H]
     of_cells = None if sums.cells is None else sums.cells.sum(2)  # [2, dirs, H]
-    of_inputs: list[list[Tensor] | Tensor | None] = [d_x, d_h, d_c, d_weight_ih, d_weight_hh]
-    of_inputs += [over_steps[0], over_steps[2], over_steps[1]]  # bias, γ_ih, γ_hh
-    of_inputs += [None, None] if of_cells is None else [of_cells[1], of_cells[0]]  # γ_c, β_c
     found: list[Tensor | None] = []
     for k, needs in enumerate(flags):
-        for d, like, need in zip(of_inputs, (calls[k].x, calls[k].h, calls[k].c, *parameters[k]), needs, strict=True):
-            found.append(d[k].to(like.dtype) if need and d is not None and like is not None else None)
+        of_vectors = over_steps[0, k], over_steps[2, k], over_steps[1, k]  # bias, γ_ih, γ_hh
+        of_cell = (None, None) if of_cells is None else (of_cells[1, k], of_cells[0, k])  # γ_c, β_c
+        d_inputs = (d_x[k], d_h[k], d_c[k], d_weight_ih[k], d_weight_hh[k], *of_vectors, *of_cell)
+        likes = (calls[k].x, calls[k].h, calls[k].c, *parameters[k])
+        for d, like, need in zip(d_inputs, likes, needs, strict=True):
+            found.append(_own_copy(d, like.dtype) if need and d is not None and like is not None else None)
     return found
+
+
+def _own_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In this dtype, and not part of something larger that it would keep."""
+    tensor = tensor.to(dtype)
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
 
 
 def _given(gradient: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -363,26 +348,30 @@ def _input_weight_gradient(
     sums: Sums,
     share: Tensor | None,
     rows: Rows,
-) -> list[Tensor]:
+    *,
+    needed: list[bool],
+) -> list[Tensor | None]:
     """Of W_ih, each [4H, D]: Σ dz ⊗ (x − x̄), and with phantom rows Σ dz ⊗ x̄; x̄ is zero for constant statistics."""
+    if not any(needed):
+        return [None] * len(needed)
     problem, narrow = calls[0].problem, ran.x.dim() == 2
     mean: Tensor | None = None
-    if problem.frozen:
-        x = stacked([call.x for call in calls])
-    elif problem.over_time:
-        x, mean = (
-            (ran.x[:, :, None], None)
-            if narrow and share is None
-            else centred_input(stacked([call.x for call in calls]), problem.packing, rows)
-        )
-    else:  # dz adds up to zero over all rows, not over a step's
+    if not problem.over_time and not problem.frozen:  # dz adds up to zero over all rows, not over a step's
         x = stacked([_centred_over_all(call.x, problem) for call in calls])
-    if len(sums.columns) == 4:
-        found = list(sums.columns[3].sum(1)[:, :, None])
-    else:
-        assert d_input is not None
-        found = [torch.mm(d.t(), given.to(d.dtype)) for d, given in zip(d_input, x, strict=True)]
-    if mean is not None and share is not None:
-        row_sums = _row_sums(gamma, rstd, share, pull, sums.columns[0], sums.columns[2])
-        found = [f + r for f, r in zip(found, torch.bmm(row_sums.mT, mean), strict=True)]
+    elif problem.frozen:
+        x = stacked([call.x for call in calls])
+    elif not narrow or share is not None:
+        x, mean = centred_input(stacked([call.x for call in calls]), problem.packing, rows)
+    found: list[Tensor | None] = []
+    for k, need in enumerate(needed):
+        total = None
+        if need and len(sums.columns) == 4:
+            total = sums.columns[3, k].sum(0)[:, None]
+        elif need:
+            assert d_input is not None
+            total = _mm_in_float32(d_input[k].t(), x[k].to(d_input.dtype))
+        if total is not None and mean is not None and share is not None:
+            row_sums = _row_sums(gamma, rstd, share, pull, sums.columns[0], sums.columns[2])[k]
+            total = torch.addmm(total, row_sums.t(), mean[k])
+        found.append(total)
     return found

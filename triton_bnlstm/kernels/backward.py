@@ -377,6 +377,7 @@ def backward_kernel(
                 d_c_place = state_rows(d_c_ptr, 0, b, unit, H)
                 d_c_new = tl.where(live[None, :], tl.load(d_c_place, mask=wanted, other=0.0) + d_c_new, 0.0)
                 d_a = pre_activation_gradient(d_h, d_c_new, through, i, f, g, o, c_old)
+                tl.debug_barrier()  # where a tile is small, several threads have read the same place
                 tl.store(d_c_place, d_c_new * f, mask=wanted)
                 store_gates(state_rows(scratch, 0, b, unit, 5 * H), wanted, d_a, H)
                 sum_dy += tl.sum(d_a, 1)

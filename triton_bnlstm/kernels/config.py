@@ -270,7 +270,14 @@ def use_config(config: Config | None = None, *, backward: BackwardConfig | None 
     Args:
         config: of forward and inference kernels; None: the device's default.
         backward: of the backward kernel of these calls, wherever it is run.
+
+    Raises:
+        TypeError: one of them is not a layout of that kind.
     """
+    if isinstance(config, BackwardConfig) or not isinstance(config, Config | None):
+        raise TypeError(f"config must be a Config, got {type(config).__name__}")
+    if not isinstance(backward, BackwardConfig | None):
+        raise TypeError(f"backward must be a BackwardConfig, got {type(backward).__name__}")
     token = _explicit.set((config, backward))
     try:
         yield
