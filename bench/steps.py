@@ -1,6 +1,6 @@
 """Device time of one recurrent step on a GPU: `python -m bench.steps`.
 
-Each case is a layer of T steps in bfloat16, D = H: the kernels in sequence mode and in step mode, forward in training
+Each case is a layer of T steps, D = H: the kernels in sequence mode and in step mode, forward in training
 and in evaluation, and training steps, forward and backward with gradients of everything; and cuDNN's nn.LSTM, which
 has no batch norm. All are replayed from CUDA graphs in interleaved rounds; the figure is the median time of a replay
 divided by T, the input side and all products included. "Modelled" is what `kernels/backward_config.py` reckons for
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_bnlstm import BNLSTM, backend_report
-from triton_bnlstm.functional import SAVES
+from triton_bnlstm.backend import SAVES
 from triton_bnlstm.kernels.config import BackwardConfig, Config
 
 # (B, H, modelled µs of a step in sequence mode, forward, on an H100)
@@ -169,7 +169,9 @@ def modelled_backward(batch: int, hidden: int, dtype: torch.dtype, bandwidth: fl
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=100, help="T (default 100)")
     parser.add_argument("--rounds", type=int, default=50, help="timed replays of each (default 50)")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
@@ -188,7 +190,7 @@ def main() -> None:
         graphs, layouts = graphs | of_training, layouts | layouts_of_training
         backward = modelled_backward(batch, hidden, x.dtype, arguments.bandwidth, arguments.rate)
         print(
-            f"\nB = {batch}, H = {hidden}, T = {arguments.steps}; modelled: forward "
+            f"\nB = {batch}, H = {hidden}, T = {arguments.steps}; modelled: forward (H100, bfloat16) "
             + (f"{modelled} µs, " if modelled else "unknown, ")
             + f"backward {backward:.1f} µs"
         )

@@ -9,6 +9,8 @@ from bench.aot.targets import NUMBERS, TARGETS, why_skipped
 
 pytest.importorskip("triton")
 
+from bench.aot.cases import VARIANTS
+
 # One process per target. Few kernels of each: a part of what `python -m bench.aot` compiles.
 SELECTED = ["forward/cell+seats", "backward/cell+fill", "inference/cell+keep", "moments/centre"]
 
@@ -67,6 +69,20 @@ def test_a_part_of_the_transposed_weights_stays_on_chip(hidden, tmp_path):
     assert (
         sequence["resources"]["shared"] > sequence["constants"]["GROUPS"] * 8 * hidden * hidden / sequence["programs"]
     )
+
+
+def test_every_kernel_has_a_case(tmp_path):
+    """Each variant is launched and compiles, the small kernels too; one after another, so that none hides the next."""
+    found = compiled("sm90", ["bf16"], tmp_path, variants=list(VARIANTS), hiddens=[64], batches=[16])
+    assert [result["problems"] for result in found if result["problems"]] == []
+    assert {result["kernel"] for result in found} >= set(VARIANTS)
+
+
+def test_launching_code_that_fails_is_reported_and_not_the_end(tmp_path):
+    found = compiled("sm90", ["bf16"], tmp_path, variants=["forward/nothing", "moments/narrow"], hiddens=[64])
+    assert "launching fails" in found[0]["problems"][0]
+    assert found[0]["kernel"] == "forward/nothing"
+    assert found[-1]["problems"] == []
 
 
 def test_a_layout_that_spills_is_found(tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from . import checks, functional
-from .backend import BACKENDS, requested_backend
+from .backend import BACKENDS, SAVES, requested_backend
 from .dispatch import run
 from .packing import Packing
 from .recompute import Calls, fingerprint, in_backward
@@ -87,7 +87,7 @@ class BNLSTMBase(nn.Module):
         self.recurrent_init = checks.choice("recurrent_init", recurrent_init, RECURRENT_INITS)
         self.forget_bias = checks.real("forget_bias", forget_bias)
         self.initial_noise = checks.real("initial_noise", initial_noise, minimum=0)
-        self.save = checks.choice("save", save, functional.SAVES)
+        self.save = checks.choice("save", save, SAVES)
         self.backend = None if backend is None else checks.choice("backend", backend, BACKENDS)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating dtype, got {dtype}")
@@ -308,7 +308,7 @@ class BNLSTMBase(nn.Module):
         regularise: bool,
     ) -> Pass:
         """All layers and directions over rows, each with its population; pure. `regularise`: dropout and noise."""
-        backend = requested_backend(self.backend)
+        backend, save = requested_backend(self.backend), checks.choice("save", self.save, SAVES)
         if in_backward() and self._asked_for is not None:  # a recomputation: contexts may be gone, or another thread's
             backend = self._asked_for
         self._asked_for = backend
@@ -335,7 +335,7 @@ class BNLSTMBase(nn.Module):
                     raise ValueError(f"weight_ih{suffix} and weight_hh{suffix} {shapes} are not of this layer's size")
                 calls.append(Call(turned, h, c, parameters, problem))
             outputs = []
-            for direction, ran in enumerate(run(calls, backend, self.save)):
+            for direction, ran in enumerate(run(calls, backend, save)):
                 outputs.append(ran.rows if direction == 0 or mirrored is None else ran.rows.index_select(0, mirrored))
                 h_n.append(ran.h_n)
                 c_n.append(ran.c_n)

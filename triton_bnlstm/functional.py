@@ -9,14 +9,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks
-from .backend import BACKENDS
+from .backend import BACKENDS, SAVES
 from .dispatch import run
 from .packing import Packing
 from .reference import Call, Parameters, Problem, accumulation_dtype
 from .statistics import Population, Statistics, population_at_steps, resolve_statistics, training_population
 
 INPUT_STATS = ("time", "sequence")
-SAVES = ("preactivations", "recompute")
 
 
 class Result(NamedTuple):

@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import bptt, fused_backward
+from . import bptt, checks, fused_backward
+from .backend import SAVES
 from .fused_forward import Trained, infer, last_states, train
 from .kernels.config import explicit_backward_config
 from .kernels.errors import KernelError
@@ -79,7 +80,11 @@ def saved_bytes(
         column: the input is one column.
         seats: seats are vacated, or may be: lengths live on a device.
         cell_norm: the cell state is normalised.
+
+    Raises:
+        ValueError: there is no such `save`.
     """
+    checks.choice("save", save, SAVES)
     states = (rows + batch) * hidden * (size + 4)  # h and float32 c; the first B rows are the initial ones
     inputs = rows * 4 if column else rows * 4 * hidden * size
     deviations = rows * 4 * hidden * size if save == "preactivations" else 0

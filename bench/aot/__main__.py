@@ -92,7 +92,7 @@ def layout(result: dict[str, Any]) -> str:
     """How a kernel is laid out, in short."""
     c, options = result["constants"], result["options"]
     if "U" not in c:
-        return ", ".join(f"{name} {value}" for name, value in c.items())
+        return ", ".join(f"{name} {value}" for name, value in c.items() if name != "KERNEL")
     stays = "resident" if c["RESIDENT"] else f"S{options['num_stages']}"
     parts = f" {c['SPLITS']}×{c['GROUPS']}" if "SPLITS" in c else ""
     return f"U{c['U']}{parts} BB{c['BB']} BK{c['BK']} W{options['num_warps']} {stays}"
@@ -199,6 +199,13 @@ def main(argv: list[str] | None = None) -> int:
     found = [result for result in found if "skipped" not in result]
 
     console.print(table(found, each=arguments.each))
+    if arguments.each:
+        console.print(
+            "U units, BB rows and BK inner extent of a tile, W warps, S stages; n×m parts of the inner extent and the\n"
+            "rows. A backward step is two launches where its product is divided, of which one has no product",
+            style="dim",
+            highlight=False,
+        )
     console.print(
         "KB of shared memory, registers of a thread, bytes of its stack; the largest of n kernels", style="dim"
     )

@@ -258,7 +258,7 @@ def _moments(dtype: torch.dtype, case: Case, name: str) -> None:
     elif name == "finish":
         d = states(ways, rows.rows, 4 * case.hidden)
         table = floats(ways, STEPS, 4 * case.hidden)
-        launch_backward.finish(d, d, table[:, 0], table, floats(4, ways, 4 * case.hidden), rows)
+        launch_backward.finish(d, d, floats(ways, 4 * case.hidden), table, floats(4, ways, 4 * case.hidden), rows)
     elif name == "narrow":
         launch.moments(states(ways, rows.rows, 1), rows, floats(ways, rows.rows, 1))
     else:  # of x, here with an odd number of features

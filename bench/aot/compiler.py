@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from triton.compiler import ASTSource
 
 from triton_bnlstm.kernels.config import Config, use_config
 
-from .cases import Launch, cases, launches
+from .cases import Case, Launch, cases, launches
 from .checks import Request
 from .targets import NUMBERS, TARGETS, Target
 
@@ -193,11 +194,21 @@ def run(request: Request) -> None:
     with layout:
         for numbers in request.numbers:
             for case in cases(request.variants, request.batches, request.hiddens, request.directions):
-                for launch in launches(target.device, NUMBERS[numbers], case):
+                for launch in _launches(target, numbers, case):
                     key = repr((launch.kernel, _specialised(launch, target), launch.options))
                     if key not in seen:
                         seen.add(key)
                         _report(launch, target, numbers)
+
+
+def _launches(target: Target, numbers: str, case: Case) -> Iterator[Launch]:
+    """What a case launches; launching code that fails is reported as a kernel would be, and the next case goes on."""
+    what = {"target": target.name, "numbers": numbers, "kernel": case.variant}
+    print(json.dumps({"begin": what}), flush=True)
+    try:
+        yield from list(launches(target.device, NUMBERS[numbers], case))
+    except Exception as error:
+        print(json.dumps({**what, "error": f"launching fails: {type(error).__name__}: {error}"}), flush=True)
 
 
 def _report(launch: Launch, target: Target, numbers: str) -> None:

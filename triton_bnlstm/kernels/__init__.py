@@ -3,6 +3,8 @@
 H hidden units, B sequences, n live rows in step t (a prefix: sequences are sorted by length), R rows of all T steps.
 A *program* is one instance of a kernel; it owns U hidden units, that is 4U of the 4H gate columns, and every row of the
 batch. Statistics of a column are over the batch, so they are the affair of one program: batch norm costs no exchange.
+κ phantom rows, which have the population's statistics, sit where sequences have ended; ẑ is z less its mean over its
+deviation, γ what multiplies it; ĉ the cell state likewise. d is the gradient of what follows it, a the pre-activations.
 
 Before the first step, all steps at once (`input_side`, and `fused_forward._train_input`)
 
@@ -60,7 +62,7 @@ and W_hh h less its mean, which is kept, or made again from the states in one pr
                    └──────┬───────┘
                   ────────┼───────────────────────────── grid barrier: all of dz_{t+1} is there ──────
     part of W_hhᵀ         ▼
-    [M, K] stays   ┌──────────────┐  K is a part of 4H, rows are a part of the batch: then partial sums go out, and
+    [M, K] stays   ┌──────────────┐  K is a part of 4H, its rows a part of the batch: then partial sums go out, and
     on chip  ────► │dh = W_hhᵀ dz │ ◄┄ behind a second barrier each program adds up those of its units; or K is 4H,
                    └──────┬───────┘  and one barrier is enough. `backward_config` counts what either moves
     d_out, d_h_n ────────►│

@@ -105,7 +105,7 @@ def moments(
         (x, found, x if centred is None else centred, rows.first, rows.count),
         (columns, rows.steps, rows.rows, rows.batch, part.first, part.rows, part.first_row),
         {"CENTRE": centred is not None, "BEFORE": before, "BR": 64, "BC": width},
-        {"num_warps": 4},
+        {"num_warps": 8 if width > 16 else 4},
     )
     return found
 

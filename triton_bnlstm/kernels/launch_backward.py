@@ -196,5 +196,5 @@ def finish(d: Tensor, z: Tensor, column: Tensor, mean: Tensor, terms: Tensor, ro
         (d, z, column, mean, terms, rows.first, rows.count),
         (columns, rows.steps, rows.rows, rows.batch),
         {"NARROW": z.dim() == 2, "BR": 64, "BC": 64},
-        {"num_warps": 4},
+        {"num_warps": 8},
     )
