@@ -40,6 +40,22 @@ def device_lengths(monkeypatch):
     monkeypatch.setattr(Packing, "of_host_lengths", lambda steps, lengths, _: Packing.of_device_lengths(steps, lengths))
 
 
+def launched(monkeypatch):
+    """Constants of the recurrent backward's launches from now on."""
+    from triton_bnlstm.kernels import launch  # not at the top: this file is also imported where there is no Triton
+
+    noted = []
+    run = launch._run
+
+    def noting(kernel, grid, tensors, scalars, constants, options):
+        if "STORE_X" in constants:
+            noted.append(constants)
+        run(kernel, grid, tensors, scalars, constants, options)
+
+    monkeypatch.setattr(launch, "_run", noting)
+    return noted
+
+
 def close(name: str, actual: Tensor, expected: Tensor, bound: float) -> None:
     assert actual.shape == expected.shape, name
     error = (actual.detach().cpu().double() - expected).norm() / expected.norm().clamp_min(1e-6)
