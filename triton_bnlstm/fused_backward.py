@@ -164,7 +164,7 @@ class _HiddenSide:
 
 
 def _times_weights(d: Tensor, weights: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
-    """D [dirs, ·, 4H] times each direction's weight [4H, ·], where that is needed."""
+    """Rows d [dirs, ·, 4H] times each direction's weight [4H, ·], where that is needed."""
     return [torch.mm(d[k], weight) if needed[k] else None for k, weight in enumerate(weights)]
 
 
