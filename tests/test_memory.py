@@ -116,30 +116,38 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize(("save", "kept", "ratio"), [("preactivations", 22 + 2, 0.4), ("recompute", 14 + 1.5, 0.3)])
-def test_peak_of_a_training_step(save, kept, ratio, monkeypatch):
+@pytest.mark.parametrize(
+    ("save", "columns", "kept", "ratio"),
+    [
+        ("preactivations", 32, 2 + 2 + 22 + 2, 0.4),
+        ("recompute", 32, 2 + 2 + 14 + 1.5, 0.3),
+        ("recompute", 1, 6 + 1.5, 0.2),
+    ],
+)
+def test_peak_of_a_training_step(save, columns, kept, ratio, monkeypatch):
     """Against autograd through the same equations in PyTorch, in bfloat16.
 
     What is there at the most, in bytes of each unit, row and step: input 2, its gradient 2 and the output's 2 (of as
     many columns as units); what is kept, 22 or 14, and states less their mean, 2; or of an eighth of the rows these
-    and what is made again, 10 / 8; and statistics and weights, 4 at this size.
+    and what is made again, 10 / 8; and statistics and weights, 5 at this size. One column has no gradient here, as data
+    have none, and is kept in 4/H instead of 8.
     """
     monkeypatch.setattr(fused_backward, "_BLOCK_ROWS", 256)
     steps, batch, size = 64, 64, 32
-    x = torch.randn(steps, batch, size, dtype=torch.bfloat16, device=DEVICE)
-    layer = BNLSTM(size, size, max_length=steps, save=save, dtype=x.dtype, device=DEVICE, backend="triton")
-    given = x.clone().requires_grad_()
+    x = torch.randn(steps, batch, columns, dtype=torch.bfloat16, device=DEVICE)
+    layer = BNLSTM(columns, size, max_length=steps, save=save, dtype=x.dtype, device=DEVICE, backend="triton")
+    given = x.clone().requires_grad_(columns > 1)
     with Live() as ours:
         layer(given)[0].sum().backward()
     packing = Packing.of_equal_lengths(steps, batch, x.device)
     state = x.new_zeros(batch, size)
-    given = x.clone().requires_grad_()
+    given = x.clone().requires_grad_(columns > 1)
     layer.zero_grad()
     with Live() as eager:
-        rows = given.reshape(-1, size)
+        rows = given.reshape(-1, columns)
         problem = Problem(packing, None, True, 1e-5)
         reference.forward(rows, state, state.float(), layer._parameters_of("_l0"), problem)[0].sum().backward()
     units = steps * batch * size
-    assert ours.peak / units <= 2 + 2 + 2 + kept + 4
+    assert ours.peak / units <= 2 + kept + 5
     assert ours.peak <= ratio * eager.peak
     assert eager.peak / units > 60  # or there is nothing to be compared with

@@ -64,7 +64,7 @@ class Wanted(NamedTuple):
 class Sums(NamedTuple):
     """Over the rows of each step, float32.
 
-    columns: [4, dirs, T, 4H] of da, da·ẑ_h, da·ẑ_x, and dz_x·x of one column where that is wanted.
+    columns: [3, dirs, T, 4H] of da, da·ẑ_h, da·ẑ_x; [4, ..], dz_x·x too, where one column's gradient is wanted.
     cells: [2, dirs, T, H] of dy and dy·ĉ of the cell norm, None without.
     """
 
