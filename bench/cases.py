@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -130,7 +128,11 @@ def _ordered() -> list[Case]:
     # batch sizes, odd sizes, and the rest of the grid
     cases += [_square(batch, hidden, 100) for hidden in (512, 1024) for batch in (16, 128, 256)]
     cases += [_square(100, 1000, 100)]
-    cases += [replace(whole, precision="float32"), replace(whole, precision="tf32"), replace(whole, precision="float16")]
+    cases += [
+        replace(whole, precision="float32"),
+        replace(whole, precision="tf32"),
+        replace(whole, precision="float16"),
+    ]
     cases += [replace(whole, cell_norm=True), replace(PTB, lengths="uniform", name="")]
     cases += [replace(c, precision="float32") for c in (SMNIST, PTB)]
     cases += [_square(batch, hidden, 100) for hidden in (128, 256, 2048) for batch in (16, 128, 256)]

@@ -1,0 +1,214 @@
+"""Who runs a case: this library's kernels and reference path, loops, compilers, and other people's LSTMs."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_bnlstm import BNLSTM
+from triton_bnlstm.backend import why_no_kernels
+from triton_bnlstm.kernels.config import BackwardConfig, Config
+
+from .loops import BatchNormLoop, StepLoop
+from .problem import Model, Problem
+from .unavailable import Unavailable
+
+# Seconds that torch.compile gets for a loop over all steps, forward and backward together.
+LOOP_LIMIT_S = 60.0
+
+
+class TimeUp(BaseException):
+    """The limit of `time_limit` has passed. No Exception: a compiler must not take it for one of its own troubles."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeUp in the main thread after so long; elsewhere, and where there are no alarms, nothing."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(*_: Any) -> None:
+        raise TimeUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Somebody who runs cases.
+
+    Attributes:
+        name: in tables and records.
+        build: a problem → its model; raises Unavailable where it cannot run it.
+        ours: it is one of this library's kernels.
+        limit_s: seconds for its first training step, compilers included.
+        note: what a reader has to know.
+    """
+
+    name: str
+    build: Callable[[Problem], Model]
+    ours: bool = False
+    limit_s: float | None = None
+    note: str = ""
+
+
+class Layouts(NamedTuple):
+    """Of the kernels in training, forward and backward, and in evaluation."""
+
+    forward: Config
+    backward: BackwardConfig
+    inference: Config
+
+
+def _named_parameters(layer: BNLSTM) -> dict[str, Tensor]:
+    return dict(layer.named_parameters())
+
+
+def default_layouts(problem: Problem, *, sequence: bool) -> Layouts:
+    """What the device gets in sequence mode or in step mode.
+
+    Raises:
+        Unavailable: no layout of this case is for sequence mode.
+    """
+    from triton_bnlstm.kernels import launch  # not at the top: there may be no Triton
+    from triton_bnlstm.kernels.backward_config import default_backward_config
+    from triton_bnlstm.kernels.config import default_config, device_of
+
+    case = problem.case
+    device = device_of(problem.device)
+    precision = launch.product_precision(case.dtype, problem.device)
+    common = (device, case.hidden, case.batch, case.directions, case.dtype, precision)
+    steps = case.steps if sequence or device.backend == "cpu" else 1
+    forward, inference = (default_config(*common, split_batch=split, steps=steps) for split in (False, True))
+    layouts = Layouts(forward, default_backward_config(*common, steps=steps), inference)
+    if not sequence:
+        return Layouts(*(replace(layout, sequence=False) for layout in layouts))
+    for what, layout in layouts._asdict().items():
+        if not layout.sequence:
+            raise Unavailable(f"sequence mode, {what}: no layout whose programs can all run at the same time")
+    return layouts
+
+
+def kernels(problem: Problem, layouts: Layouts, save: str = "preactivations") -> Model:
+    """BNLSTM on the kernels, laid out like this."""
+    from triton_bnlstm.kernels.config import use_config
+
+    layer = problem.copy_of_layer(backend="triton", save=save)
+
+    def call(x: Tensor, train: bool) -> Tensor:
+        with use_config(layouts.forward if train else layouts.inference, backward=layouts.backward):
+            return problem.call_layer(layer, x, train)
+
+    told = {what: asdict(layout) for what, layout in layouts._asdict().items()}
+    # lengths on the host are copied to the device in each call, which a capture does not allow
+    graphed = problem.case.lengths == "equal"
+    return Model(call, _named_parameters(layer), lambda: problem.batch_normalised, graphed, told)
+
+
+def ours(problem: Problem, *, sequence: bool, save: str = "preactivations") -> Model:
+    """The kernels, or why there are none here."""
+    why = why_no_kernels(problem.device, problem.case.dtype)
+    if why is not None:
+        raise Unavailable(why)
+    if problem.case.precision == "tf32" and not _has_tf32(problem.device):
+        raise Unavailable("no TF32 on this device")
+    return kernels(problem, default_layouts(problem, sequence=sequence), save)
+
+
+def _has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def reference(problem: Problem) -> Model:
+    """BNLSTM on the reference path, eagerly."""
+    layer = problem.copy_of_layer(backend="reference")
+    call = partial(problem.call_layer, layer)
+    return Model(call, _named_parameters(layer), lambda: problem.batch_normalised, graphed=False)
+
+
+def _equal_lengths_only(problem: Problem) -> None:
+    if problem.case.lengths != "equal":
+        raise Unavailable("equal lengths only: batch statistics would count padding")
+
+
+def batch_norm_loop(problem: Problem) -> Model:
+    """A loop of F.batch_norm, eagerly."""
+    _equal_lengths_only(problem)
+    layer = problem.copy_of_layer()
+    loop = BatchNormLoop(layer)
+    return Model(loop, _named_parameters(layer), lambda: problem.batch_normalised, graphed=False)
+
+
+def _compiler(device: torch.device) -> Callable[[Any], Any]:
+    # on a CPU the loops are only walked through; Inductor would need a C++ compiler and a minute
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    return partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+
+
+def compiled_step(problem: Problem) -> Model:
+    """A compiled step for all steps in a row."""
+    _equal_lengths_only(problem)
+    torch.compiler.reset()  # shapes of earlier cases count towards a limit beyond which nothing is compiled
+    layer = problem.copy_of_layer()
+    loop = StepLoop(layer, _compiler(problem.device))
+    return Model(loop, _named_parameters(layer), lambda: problem.batch_normalised)
+
+
+def compiled_loop(problem: Problem) -> Model:
+    """All steps compiled as one function."""
+    _equal_lengths_only(problem)
+    torch.compiler.reset()
+    layer = problem.copy_of_layer()
+    loop = StepLoop(layer, lambda function: function)
+    compiled = _compiler(problem.device)(loop.__call__)
+    return Model(compiled, _named_parameters(layer), lambda: problem.batch_normalised)
+
+
+def cudnn(problem: Problem) -> Model:
+    """nn.LSTM: cuDNN's on a GPU."""
+    if problem.case.cell_norm:
+        raise Unavailable("nn.LSTM has no cell norm")
+    lstm = problem.plain_lstm(problem.case.dtype)
+    return Model(
+        lambda x, _: problem.call_plain_lstm(lstm, x),
+        dict(lstm.named_parameters()),
+        lambda: problem.without_batch_norm,
+        graphed=problem.case.lengths == "equal",
+    )
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        Provider("sequence", partial(ours, sequence=True), ours=True, note="one launch for all steps"),
+        Provider("step", partial(ours, sequence=False), ours=True, note="a launch for each step"),
+        Provider(
+            "sequence, recompute",
+            partial(ours, sequence=True, save="recompute"),
+            ours=True,
+            note='save="recompute": less memory kept for the backward',
+        ),
+        Provider("compiled step", compiled_step, note="torch.compile of one step, replayed from a CUDA graph"),
+        Provider("compiled loop", compiled_loop, limit_s=LOOP_LIMIT_S, note="torch.compile of the loop over all steps"),
+        Provider("reference", reference, note="this library's reference path, eager"),
+        Provider("F.batch_norm loop", batch_norm_loop, note="two F.batch_norm calls a step, eager"),
+        Provider("cuDNN", cudnn, note="nn.LSTM: no batch norm"),
+    )
+}
+# What a case is measured with unless something else is asked for: compiling a loop takes minutes.
+USUAL = tuple(name for name in PROVIDERS if name != "compiled loop")
