@@ -123,16 +123,12 @@ def _ordered() -> list[Case]:
     # sequences of different lengths
     cases += [replace(half, lengths="uniform"), replace(whole, lengths="uniform")]
     cases += [Case(64, 128, 26, 12, lengths="vowels", name="Japanese Vowels")]
-    cases += [replace(half, precision="float32"), replace(half, precision="tf32"), replace(half, precision="float16")]
+    cases += [replace(half, precision=precision) for precision in ("float32", "tf32", "float16")]
     cases += [replace(half, cell_norm=True), replace(half, layers=2, bidirectional=True)]
     # batch sizes, odd sizes, and the rest of the grid
     cases += [_square(batch, hidden, 100) for hidden in (512, 1024) for batch in (16, 128, 256)]
     cases += [_square(100, 1000, 100)]
-    cases += [
-        replace(whole, precision="float32"),
-        replace(whole, precision="tf32"),
-        replace(whole, precision="float16"),
-    ]
+    cases += [replace(whole, precision=precision) for precision in ("float32", "tf32", "float16")]
     cases += [replace(whole, cell_norm=True), replace(PTB, lengths="uniform", name="")]
     cases += [replace(c, precision="float32") for c in (SMNIST, PTB)]
     cases += [_square(batch, hidden, 100) for hidden in (128, 256, 2048) for batch in (16, 128, 256)]

@@ -1,4 +1,4 @@
-"""Batch-normalised LSTMs without kernels of their own: loops over steps, as people write them and as compilers take them.
+"""Batch-normalised LSTMs without kernels of their own: loops over steps, as people write them and for compilers.
 
     BatchNormLoop    two F.batch_norm a step, and one more with cell norm, on slices of running statistics
     StepLoop         a step written for a compiler: W_ih x and its norm for all steps at once, then one function per
@@ -65,7 +65,8 @@ class BatchNormLoop:
         return _through_layers(self.layer, x, lambda x, k, reverse: self._run(x, _suffix(k, reverse), training))
 
     def _run(self, x: Tensor, suffix: str, training: bool) -> Tensor:
-        p = {name: getattr(self.layer, name + suffix, None) for name in ("weight_ih", "weight_hh", "gamma_c", "beta_c")}
+        names = ("weight_ih", "weight_hh", "gamma_c", "beta_c")
+        p: dict[str, Any] = {name: getattr(self.layer, name + suffix, None) for name in names}
         # float32, as F.batch_norm wants them beside running statistics whatever the input's dtype
         gamma_ih, gamma_hh, bias = (getattr(self.layer, n + suffix).float() for n in ("gamma_ih", "gamma_hh", "bias"))
 
@@ -172,10 +173,12 @@ class StepLoop:
             moments.append(own)
         with torch.no_grad():
             own = torch.stack(moments, 1)  # [2, T, C]
-            seen = {"ih": (mean, var), "hh": own[..., : 4 * hidden], "c": own[..., 4 * hidden :]}
-            for norm in ("ih", "hh", *(("c",) if cell is not None else ())):
-                for kind, new in zip(("mean", "var"), seen[norm], strict=True):
-                    self.running[f"{kind}_{norm}{suffix}"].lerp_(new, MOMENTUM)
+            seen = {"ih": torch.stack([mean, var]), "hh": own[..., : 4 * hidden]}
+            if cell is not None:
+                seen["c"] = own[..., 4 * hidden :]
+            for norm, new in seen.items():
+                for k, kind in enumerate(("mean", "var")):
+                    self.running[f"{kind}_{norm}{suffix}"].lerp_(new[k], MOMENTUM)
         return torch.stack(outputs)
 
     def _evaluate(self, x: Tensor, suffix: str) -> Tensor:
@@ -190,7 +193,7 @@ class StepLoop:
         scale_ih, shift_ih = folded("ih", gamma_ih)
         scale_hh, shift_hh = folded("hh", gamma_hh)
         a = (x @ weight_ih.t()).float() * scale_ih[:, None] + (shift_ih + shift_hh + bias.float())[:, None]
-        cells = [None] * len(x)
+        cells: list[Any] = [None] * len(x)
         if affine is not None:
             scale_c, shift_c = folded("c", affine[0])
             cells = list(zip(scale_c.unbind(), (shift_c + affine[1].float()).unbind(), strict=True))

@@ -1,4 +1,4 @@
-"""One case, all providers: each is checked against float64, and those that are right are timed in interleaved rounds."""
+"""One case, all providers: each is checked against float64; those that are right are timed in interleaved rounds."""
 
 from __future__ import annotations
 

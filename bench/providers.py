@@ -97,7 +97,10 @@ def default_layouts(problem: Problem, *, sequence: bool) -> Layouts:
     forward, inference = (default_config(*common, split_batch=split, steps=steps) for split in (False, True))
     layouts = Layouts(forward, default_backward_config(*common, steps=steps), inference)
     if not sequence:
-        return Layouts(*(replace(layout, sequence=False) for layout in layouts))
+        forward, backward, inference = layouts
+        return Layouts(
+            replace(forward, sequence=False), replace(backward, sequence=False), replace(inference, sequence=False)
+        )
     for what, layout in layouts._asdict().items():
         if not layout.sequence:
             raise Unavailable(f"sequence mode, {what}: no layout whose programs can all run at the same time")

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def sample(stages: list[Callable[[], Any]], device: torch.device) -> list[float]
         for stage in stages:
             stage()
             marks.append(time.perf_counter())
-        return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        return [after - before for before, after in pairwise(marks)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(stages) + 1)]
     sweeper(device)()
     events[0].record()
@@ -69,7 +70,7 @@ def sample(stages: list[Callable[[], Any]], device: torch.device) -> list[float]
         stage()
         event.record()
     events[-1].synchronize()
-    return [a.elapsed_time(b) / 1000 for a, b in zip(events, events[1:], strict=False)]
+    return [a.elapsed_time(b) / 1000 for a, b in pairwise(events)]
 
 
 def device_seconds(call: Callable[[], Any], device: torch.device, rounds: int = 20) -> list[float]:
