@@ -181,7 +181,9 @@ def runner_of(problem: Problem, model: Model) -> Runner:
     return _eager_runner(problem, model, "events")
 
 
-def _times(problem: Problem, runners: dict[str, Runner], rounds: int, seconds: float) -> dict[str, dict[str, Timing]]:
+def _times(
+    problem: Problem, runners: dict[str, Runner], rounds: int, seconds: float, tell: Tell
+) -> dict[str, dict[str, Timing]]:
     """Rounds in which providers take turns, each on an input that nobody has just seen."""
     taken: dict[str, dict[str, list[float]]] = {name: {} for name in runners}
     spent = dict.fromkeys(runners, 0.0)
@@ -192,6 +194,8 @@ def _times(problem: Problem, runners: dict[str, Runner], rounds: int, seconds: f
         for name, runner in runners.items():
             if round_ >= least and spent[name] > share:
                 continue  # the slow ones would take the time of all others
+            if round_ < least:
+                tell(name, "time")
             started = time.perf_counter()
             inference = sample([runner.infer], problem.device)[0]
             forward, backward = sample([runner.forward, runner.backward], problem.device)
@@ -279,8 +283,7 @@ def measure(
                     raise DeviceLost(name, error) from error
                 result.status, result.why = records.FAILED, f"{type(error).__name__}: {short(error)}"
         if runners:
-            tell(",".join(runners), "time")
-            for name, modes in _times(problem, runners, rounds, seconds).items():
+            for name, modes in _times(problem, runners, rounds, seconds, tell).items():
                 found[name].modes = modes
             for name, model in models.items():
                 tell(name, "wall")

@@ -13,6 +13,7 @@
     stages        where the time goes: one per case and way, times with one stage left out
     kernels       device time of each kernel of a training step, as the profiler saw it; one per case
     first_calls   seconds of the first training step in a new process: one per case and provider
+    troubles      items of the plan that failed as a whole, and why
     done          items of the plan that need not be run again for this source
 
 "source" is a fingerprint of the library's files, so that a figure of other kernels is never taken for one of these.
@@ -30,10 +31,12 @@ from typing import Any
 
 import triton_bnlstm
 
+from .cases import Case
+
 SCHEMA = 1
 FILE = "campaign.json"
 RESULTS = Path(__file__).parent / "results"
-LISTS = ("runs", "results", "layouts", "stages", "kernels", "first_calls", "done")
+LISTS = ("runs", "results", "layouts", "stages", "kernels", "first_calls", "troubles", "done")
 
 # What became of a provider in a case. Only "ok" has times.
 OK = "ok"
@@ -117,6 +120,26 @@ def empty() -> dict[str, Any]:
     """A record of nothing yet."""
     record: dict[str, Any] = {"schema": SCHEMA, "dry_run": False, "device": {}, "versions": {}, "tests": {}}
     return record | {"ceilings": {}, "cases": {}} | {name: [] for name in LISTS}
+
+
+def identity(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """What an entry of a list is about; a new one takes an old one's place."""
+    return tuple(entry.get(name) for name in ("case", "provider", "way"))
+
+
+def add_floors(record: dict[str, Any]) -> None:
+    """Every time's least one, from the device's ceilings."""
+    from .ceilings import Ceilings
+    from .floor import floor
+
+    if not record["ceilings"] or not record["device"].get("multiprocessors"):
+        return
+    ceilings = Ceilings.of_json(record["ceilings"])
+    for fields in record["results"]:
+        case = Case(**record["cases"][fields["case"]])
+        for mode, timing in fields.get("modes", {}).items():
+            least = floor(case, mode, ceilings, record["device"]["multiprocessors"])
+            timing["floor_us"] = None if least is None else 1e6 * least.total_seconds
 
 
 def results_of(record: dict[str, Any]) -> list[Result]:

@@ -1,0 +1,226 @@
+"""The tests that need a GPU, many at a time in processes of their own, and what their failures withhold from timing.
+
+A test that ends its process, hangs, or leaves the device unusable fails alone: those behind it run again in a process
+of their own. One that lacked memory, which others had, runs again when it has the device for itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..cases import PRECISIONS
+from .processes import ROOT, ending, kill
+
+FILE = "tests/test_gpu.py"
+CHUNK = 6
+# A test compiles up to a dozen kernels, each a matter of seconds, beside other processes that do the same.
+SECONDS_OF_A_PROCESS, SECONDS_OF_A_TEST = 60.0, 45.0
+
+_VERDICT = re.compile(r"^(tests/.+?\.py::.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
+_REASON = re.compile(r"^(?:FAILED|ERROR) (tests/.+?\.py::.+?)(?: - (.*))?$")
+# What later tests of a process see of an earlier one's error.
+_AFTERMATH = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch failure")
+_NO_MEMORY = ("out of memory", "OutOfMemory")
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Outcome:
+    """passed, skipped: how many. failed: messages by test. unfinished: for which there was no time."""
+
+    passed: int = 0
+    skipped: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    unfinished: list[str] = field(default_factory=list)
+
+
+def collect(limit_s: float, path: str = FILE) -> list[str]:
+    """Identifiers of all tests that need a GPU.
+
+    Raises:
+        RuntimeError: pytest cannot collect them.
+    """
+    command = [sys.executable, "-m", "pytest", path, "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s)
+    found = [line for line in ran.stdout.splitlines() if line.startswith("tests/") and "::" in line]
+    if not found:
+        raise RuntimeError(f"no GPU tests could be collected: {(ran.stdout + ran.stderr)[-300:]}")
+    return found
+
+
+def chunks(tests: list[str]) -> deque[list[str]]:
+    """Tests that share kernels together, and those that decide what is timed first."""
+    families: dict[tuple[str, ...], list[str]] = {}
+    for test in tests:
+        name = test.partition("::")[2].partition("[")[0]
+        families.setdefault((name, *sorted(precisions_of(test))), []).append(test)
+    first = sorted(families, key=lambda family: ("bfloat16" not in family, family[0] != "test_real_sizes"))
+    parts = [families[f][k : k + CHUNK] for f in first for k in range(0, len(families[f]), CHUNK)]
+    return deque(parts)
+
+
+def precisions_of(test: str) -> set[str]:
+    """The precisions that a test's identifier names."""
+    return set(re.findall(r"[a-z0-9]+", test.lower())) & set(PRECISIONS)
+
+
+def read(output: str, chunk: list[str], how: str) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """What a process of pytest -v -rfE has printed: verdicts and messages by test, and tests to run again.
+
+    how: what cut the process off; empty if it came to its own end.
+    """
+    verdicts, messages = {}, {}
+    for line in output.splitlines():
+        if match := _VERDICT.match(line):
+            verdicts[match[1]] = match[2]
+        elif match := _REASON.match(line):
+            messages[match[1]] = match[2] or ""
+    left = [test for test in chunk if test not in verdicts]
+    if left and not how:
+        how = "pytest gave no verdict: " + " ".join(output.split())[-200:]
+    if left:
+        verdicts[left[0]], messages[left[0]] = "FAILED", how
+    failed = [test for test in chunk if verdicts.get(test) in ("FAILED", "ERROR")]
+    suffering = [t for t in failed[1:] if any(word in messages.get(t, "") for word in _AFTERMATH)]
+    again = [*suffering, *left[1:]]
+    for test in suffering:
+        del verdicts[test]
+    return verdicts, messages, again
+
+
+class Pool:
+    """Runs chunks of tests in parallel until all are through or the time is up.
+
+    Args:
+        say: told after each chunk how far it is.
+        log: takes pytest's output.
+        workers: processes at a time.
+        deadline: on time.monotonic's clock.
+    """
+
+    def __init__(self, say: Say, log: Path, workers: int, deadline: float) -> None:
+        self.say, self.log, self.workers, self.deadline = say, log, workers, deadline
+        self.outcome = Outcome()
+        self.lock = threading.Lock()
+        self.again: deque[list[str]] = deque()
+        self.alone: list[str] = []
+        self.running: set[subprocess.Popen[str]] = set()
+        self.total = 0
+
+    def run(self, tests: list[str]) -> Outcome:
+        """All of these tests, or as many as there is time for."""
+        self.total = len(tests)
+        waiting = chunks(tests)
+        while waiting:
+            threads = [threading.Thread(target=self._serve, args=(waiting,)) for _ in range(self.workers)]
+            for thread in threads:
+                thread.start()
+            try:
+                for thread in threads:
+                    thread.join()
+            except BaseException:
+                self.deadline = 0.0
+                for process in list(self.running):
+                    kill(process)
+                raise
+            waiting, self.again = self.again, deque()
+            if time.monotonic() >= self.deadline:
+                self.outcome.unfinished += [test for chunk in waiting for test in chunk]
+                waiting = deque()
+        for test in self.alone:  # one by one
+            self._chunk([test], alone=True)
+        return self.outcome
+
+    def _serve(self, waiting: deque[list[str]]) -> None:
+        while True:
+            try:
+                chunk = waiting.popleft()
+            except IndexError:
+                return
+            self._chunk(chunk)
+
+    def _chunk(self, chunk: list[str], alone: bool = False) -> None:
+        left = self.deadline - time.monotonic()
+        limit = SECONDS_OF_A_PROCESS + SECONDS_OF_A_TEST * len(chunk)
+        if left < 5:
+            with self.lock:
+                self.outcome.unfinished += chunk
+            return
+        command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider", *chunk]
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "COLUMNS": "400"},  # or pytest cuts messages
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        with self.lock:
+            self.running.add(process)
+        try:
+            output, _ = process.communicate(timeout=min(left, limit))
+            how = "" if process.returncode in (0, 1) else f"the process {ending(process.returncode)}"
+        except subprocess.TimeoutExpired:
+            kill(process)
+            output, _ = process.communicate()
+            how = f"not finished within {limit:.0f} s" if left > limit else "out of time"
+        with self.lock:
+            self.running.discard(process)
+            self._note(chunk, output, how, alone)
+
+    def _note(self, chunk: list[str], output: str, how: str, alone: bool) -> None:
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(output)
+        if how == "out of time":
+            done = {match[1] for line in output.splitlines() if (match := _VERDICT.match(line))}
+            self.outcome.unfinished += [test for test in chunk if test not in done]
+            chunk = [test for test in chunk if test in done]
+            how = ""
+        verdicts, messages, again = read(output, chunk, how)
+        for test in chunk:
+            verdict, message = verdicts.get(test), messages.get(test, "")
+            if verdict in ("FAILED", "ERROR"):
+                if any(word in message for word in _NO_MEMORY) and not alone:
+                    self.alone.append(test)
+                else:
+                    self.outcome.failed[test] = message[:300]
+            elif verdict in ("SKIPPED", "XFAIL"):
+                self.outcome.skipped += 1
+            elif verdict is not None:
+                self.outcome.passed += 1
+        if again:
+            self.again.append(again)
+        found = self.outcome
+        done_ = found.passed + found.skipped + len(found.failed)
+        self.say(f"GPU tests: {done_} of {self.total}, {len(found.failed)} failed")
+
+
+def withheld(failed: dict[str, str]) -> dict[str, dict[str, str]]:
+    """What is not to be timed, with the reason: {precision: {provider: why}}.
+
+    A failure that names a precision in the test's identifier withholds that one, in the mode that its message names or
+    in both. Other failures are shown and withhold nothing: every provider is checked against float64 in each case.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for test, message in failed.items():
+        providers = ["sequence", "sequence, recompute", "step"]
+        if "sequence mode" in message:
+            providers = providers[:2]
+        elif "step mode" in message:
+            providers = providers[2:]
+        name = test.partition("::")[2]
+        for precision in precisions_of(test):
+            for provider in providers:
+                found.setdefault(precision, {}).setdefault(provider, f"its GPU test {name} fails: {message}"[:300])
+    return found

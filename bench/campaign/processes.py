@@ -1,0 +1,111 @@
+"""Worker processes: started, fed, listened to, and killed when they fall silent."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Gone(RuntimeError):
+    """The worker has ended; the message says how."""
+
+
+class Silent(RuntimeError):
+    """The worker has not said anything for too long."""
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+    """The process and all that it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        process.kill()
+    process.wait()
+
+
+def ending(code: int) -> str:
+    """What an exit status means, in words."""
+    if code < 0:
+        try:
+            return f"killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"killed by signal {-code}"
+    return f"ended with status {code}"
+
+
+class Worker:
+    """One `python -m bench.campaign.worker`.
+
+    Args:
+        log: takes what it prints.
+        environment: beside the campaign's own.
+    """
+
+    def __init__(self, log: IO[str], environment: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.campaign.worker"],
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            bufsize=1,
+            start_new_session=True,  # so that compilers which it starts go with it
+        )
+        self.answers: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.answers.put(line)
+        self.answers.put(None)
+
+    def send(self, item: dict[str, Any]) -> None:
+        """Give it something to do.
+
+        Raises:
+            Gone: it does not listen any more.
+        """
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(item) + "\n")
+            self.process.stdin.flush()
+        except (BrokenPipeError, OSError) as error:
+            raise Gone(ending(self.process.wait())) from error
+
+    def receive(self, seconds: float) -> dict[str, Any]:
+        """Its next answer.
+
+        Raises:
+            Silent: none came in time.
+            Gone: it has ended.
+        """
+        try:
+            line = self.answers.get(timeout=max(seconds, 0.01))
+        except queue.Empty:
+            raise Silent(f"no answer within {seconds:.0f} s") from None
+        if line is None:
+            raise Gone(ending(self.process.wait()))
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def stop(self) -> None:
+        """End it, whatever it is at."""
+        kill(self.process)
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                try:
+                    stream.close()
+                except (BrokenPipeError, OSError, ValueError):
+                    pass  # an item that it never read

@@ -1,0 +1,185 @@
+"""The process that touches the GPU. Reads items as JSON lines, and answers in JSON lines what it is at and has found.
+
+    {"at": [provider, what]}                  a sign of life
+    {"done": {list of the record: entries}}   the item's findings
+    {"lost": [provider, why]}                 the device is of no use to this process any more; it ends
+    {"failed": why}                           the item raised something else
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import records
+from ..cases import Case
+from ..measure import DeviceLost, Tell, is_lost, measure, short
+from ..problem import Problem, product_precision
+from ..providers import PROVIDERS
+from ..timing import l2_bytes, synchronize
+
+Found = dict[str, Any]
+
+
+def device() -> torch.device:
+    """The GPU, or the CPU for a dry run."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _version(module: str) -> str | None:
+    try:
+        return str(__import__(module).__version__)
+    except Exception:  # missing or broken
+        return None
+
+
+def _asked(*command: str) -> str | None:
+    """First line that a program prints, None where it cannot be run."""
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return ran.stdout.strip().splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def identity(tell: Tell, **_: Any) -> Found:
+    """The device and the versions."""
+    cuda, on = torch.cuda.is_available(), device()
+    name = torch.cuda.get_device_name(on) if cuda else "CPU (dry run)"
+    slug = "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+    found: dict[str, Any] = {"name": name, "slug": slug, "type": on.type, "machine": platform.machine()}
+    if cuda:
+        p = torch.cuda.get_device_properties(on)
+        found |= {"capability": 10 * p.major + p.minor, "multiprocessors": p.multi_processor_count}
+        found |= {"memory_bytes": p.total_memory, "l2_bytes": l2_bytes(on)}
+        found["driver"] = _asked("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        clocks = "clocks.max.sm,clocks.max.memory,power.limit"
+        found["limits"] = _asked("nvidia-smi", f"--query-gpu={clocks}", "--format=csv,noheader")
+    versions: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if cuda else None}
+    versions |= {module: _version(module) for module in ("triton", "numpy", "triton_bnlstm")}
+    return {"device": found, "versions": versions}
+
+
+def ceilings(tell: Tell, **_: Any) -> Found:
+    """What this device can do at most."""
+    from ..ceilings import measure as measured
+
+    tell("ceilings", "measure")
+    found = measured(device(), toy=device().type == "cpu")
+    return {"ceilings": {**found.as_json(), "source": records.source()}}
+
+
+def bench(
+    tell: Tell, case: Case, providers: list[str], skip: dict[str, str], withheld: dict[str, str], **options: Any
+) -> Found:
+    """All providers in one case. skip: reasons, by provider, why it is not tried again."""
+    chosen = [PROVIDERS[name] for name in providers if name not in skip]
+    found = measure(case, device(), chosen, withheld=withheld, tell=tell, **options)
+    found += [
+        records.Result(case.key, name, records.FAILED, why, source=records.source())
+        for name, why in skip.items()
+        if name in providers
+    ]
+    return {"results": [result.as_json() for result in found]}
+
+
+def tune(tell: Tell, case: Case, skip: dict[str, str], withheld: dict[str, str], **options: Any) -> Found:
+    """The default layouts' neighbours."""
+    from ..layouts import tune as tuned
+
+    return {"layouts": tuned(case, device(), skip=skip, tell=tell, **options)}
+
+
+def stages(tell: Tell, case: Case, skip: dict[str, str], withheld: dict[str, str], **options: Any) -> Found:
+    """Where the time goes."""
+    from ..stages import measure as measured
+
+    tell("stages", "measure")
+    with product_precision(case):
+        return {"stages": [{**each, "source": records.source()} for each in measured(case, device(), **options)]}
+
+
+def profile(tell: Tell, case: Case, skip: dict[str, str], withheld: dict[str, str], **_: Any) -> Found:
+    """Every kernel of a training step."""
+    from ..profiling import measure as measured
+
+    tell("profile", "measure")
+    with product_precision(case):
+        return {"kernels": [{**measured(case, device()), "source": records.source()}]}
+
+
+def counters(tell: Tell, case: Case, skip: dict[str, str], withheld: dict[str, str], **_: Any) -> Found:
+    """The two hot kernels under Nsight Compute, where it is installed."""
+    from ..profiling import counters as measured
+
+    tell("counters", "measure")
+    return {"counters": [{"case": case.key, **measured(case, 60.0), "source": records.source()}]}
+
+
+def first_call(
+    tell: Tell, case: Case, providers: list[str], skip: dict[str, str], withheld: dict[str, str], **_: Any
+) -> Found:
+    """Seconds of a process's first training step, by the caches that it was started with."""
+    (name,) = providers
+    on = device()
+    torch.zeros(1, device=on)
+    tell(name, "first call")
+    with product_precision(case):
+        problem = Problem(case, on)
+        synchronize(on)
+        started = time.perf_counter()
+        model = PROVIDERS[name].build(problem)
+        output = model.call(problem.x, True)
+        torch.autograd.grad(output, list(model.leaves.values()), problem.pull)
+        synchronize(on)
+    return {"first_calls": [{"case": case.key, "provider": name, "seconds": time.perf_counter() - started}]}
+
+
+KINDS: dict[str, Callable[..., Found]] = {
+    f.__name__: f for f in (identity, ceilings, bench, tune, stages, profile, counters, first_call)
+}
+
+
+def main() -> None:
+    """Serve items until there are no more."""
+    # What kernels and compilers print must not get between the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def answer(**message: Any) -> None:
+        answers.write(json.dumps(message) + "\n")
+
+    def tell(provider: str, what: str) -> None:
+        answer(at=[provider, what])
+
+    for line in sys.stdin:
+        item = json.loads(line)
+        kind, fields = item.pop("kind"), item.pop("case")
+        if fields:
+            item["case"] = Case(**fields)
+        try:
+            answer(done=KINDS[kind](tell, **item))
+        except DeviceLost as error:
+            answer(lost=[error.provider, str(error)])
+            return
+        except Exception as error:
+            why = f"{type(error).__name__}: {short(error)}"
+            if is_lost(device()):
+                answer(lost=["", why])
+                return
+            answer(failed=why)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

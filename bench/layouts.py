@@ -1,0 +1,134 @@
+"""A look around the default layouts: does a neighbour of what the library chooses run faster on this device?
+
+Nothing is stored for the library to use; the record tells which default to doubt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import torch
+
+from triton_bnlstm.kernels.config import BackwardConfig, Config
+
+from . import records
+from .cases import Case
+from .measure import DeviceLost, Runner, Tell, check, is_lost, runner_of, short, why_wrong
+from .problem import Problem, product_precision
+from .providers import Layouts, default_layouts, kernels
+from .timing import percentiles, sample
+from .unavailable import Unavailable
+
+# Divisions of the backward's product, (splits, groups), worth trying beside the one that the model prefers.
+DIVISIONS = ((1, 1), (4, 1), (8, 1), (16, 1), (4, 2), (8, 2), (4, 4))
+
+
+def neighbours(layout: Config) -> Iterator[Config]:
+    """Layouts that differ from this one in one decision, the most promising first."""
+    changes: list[dict[str, Any]] = [{"units": 2 * layout.units}, {"units": layout.units // 2}]
+    if isinstance(layout, BackwardConfig):
+        changes += [{"splits": s, "groups": g} for s, g in DIVISIONS]
+        changes += [{"units": 2 * layout.units, "splits": s, "groups": g} for s, g in DIVISIONS]
+    changes += [{"warps": 8 if layout.warps == 4 else 4}, {"inner": 2 * layout.inner}, {"inner": layout.inner // 2}]
+    changes += [{"resident": not layout.resident, "stages": 1 if not layout.resident else 3}]
+    changes += [{"stages": layout.stages + 1}, {"stages": layout.stages - 1}] if not layout.resident else []
+    changes += [{"batch_tile": layout.batch_tile // 2}]
+    seen = {layout}
+    for change in changes:
+        try:
+            changed = replace(layout, **change)
+        except ValueError:
+            continue  # below the least
+        if changed not in seen:
+            seen.add(changed)
+            yield changed
+
+
+def difference(layout: Config, default: Config) -> str:
+    """What is changed, in words: "units 16, warps 8"."""
+    changed = [f.name for f in fields(layout) if getattr(layout, f.name) != getattr(default, f.name)]
+    return ", ".join(f"{name} {getattr(layout, name)}" for name in changed) or "default"
+
+
+def _default(problem: Problem) -> Layouts:
+    try:
+        return default_layouts(problem, sequence=True)
+    except Unavailable:
+        return default_layouts(problem, sequence=False)
+
+
+def tune(
+    case: Case,
+    device: torch.device,
+    *,
+    rounds: int = 15,
+    seconds: float = 60.0,
+    most: int = 100,
+    skip: Iterable[str] = (),
+    tell: Tell = lambda provider, what: None,
+) -> list[dict[str, Any]]:
+    """Times of the default layout and its neighbours, forward and backward in training; the right ones only.
+
+    Args:
+        case, device: what and where.
+        rounds: interleaved, of which the medians count.
+        seconds: for compiling and checking neighbours; those that are left then are not tried.
+        most: at most so many neighbours each way.
+        skip: names, as `tell` is told them, of those not to try.
+        tell: is told what is tried.
+
+    Raises:
+        DeviceLost: the device cannot be used any more in this process.
+    """
+    with product_precision(case):
+        problem = Problem(case, device)
+        default = _default(problem)
+        ways = ("forward", "backward")
+        return [_tune(problem, default, way, rounds, seconds / 2, most, set(skip), tell) for way in ways]
+
+
+def _tune(
+    problem: Problem, default: Layouts, way: str, rounds: int, seconds: float, most: int, skip: set[str], tell: Tell
+) -> dict[str, Any]:
+    began = time.perf_counter()
+    standing: Config = getattr(default, way)
+    runners: dict[Config, Runner] = {}
+    failed: dict[str, str] = {}
+    candidates = [standing, *neighbours(standing)][: 1 + most]
+    for layout in candidates:
+        if runners and time.perf_counter() - began > seconds:
+            break
+        name = difference(layout, standing)
+        if f"{way}, {name}" in skip:
+            failed[name] = "it ended the process that tried it"
+            continue
+        tell(f"{way}, {name}", "prepare")
+        try:
+            model = kernels(problem, Layouts(**{**default._asdict(), way: layout}))
+            errors, _ = check(problem, model)
+            why = why_wrong(problem.case, errors)
+            if why:
+                failed[name] = why
+            else:
+                runners[layout] = runner_of(problem, model)
+        except Exception as error:
+            if is_lost(problem.device):
+                raise DeviceLost(f"{way}, {name}", error) from error
+            failed[name] = f"{type(error).__name__}: {short(error, 160)}"
+    tell(way, "time")
+    taken: dict[Config, list[float]] = {layout: [] for layout in runners}
+    for _ in range(rounds):
+        for layout, runner in runners.items():
+            forward, backward = sample([runner.forward, runner.backward], problem.device)
+            taken[layout].append(1e6 * (forward if way == "forward" else backward))
+    medians = {layout: percentiles(values)[0] for layout, values in taken.items()}
+    record: dict[str, Any] = {"case": problem.case.key, "way": way, "tried": len(medians) + len(failed)}
+    record |= {"default": asdict(standing), "default_us": medians.get(standing), "failed": failed}
+    if medians:
+        best = min(medians, key=lambda layout: medians[layout])
+        record |= {"best": asdict(best), "best_us": medians[best]}
+    times = {difference(layout, standing): median for layout, median in medians.items()}
+    return record | {"times_us": times, "source": records.source()}
