@@ -95,7 +95,9 @@ class _Sizes:
     rounds: int = 10
 
 
-_TOY = _Sizes(copied=1 << 16, read=1 << 10, block=64, reads=8, meetings=8, launches=8, extent=64, rounds=3)
+# On a GPU still long enough for its clock.
+_TOY = _Sizes(copied=1 << 26, read=1 << 20, reads=64, meetings=100, launches=50, extent=512, rounds=3)
+_TOY_ON_CPU = _Sizes(copied=1 << 16, read=1 << 10, block=64, reads=8, meetings=8, launches=8, extent=64, rounds=3)
 
 
 def _each(work: Callable[[int], Callable[[], Any]], number: int, device: torch.device, rounds: int) -> float:
@@ -223,7 +225,7 @@ def measure(device: torch.device, *, toy: bool = False) -> Ceilings:
     Raises:
         Exception: the device cannot be used any more, as after an illegal memory access.
     """
-    sizes = _TOY if toy or device.type != "cuda" else _Sizes()
+    sizes = (_TOY if toy else _Sizes()) if device.type == "cuda" else _TOY_ON_CPU
     why: dict[str, str] = {}
 
     def attempt(name: str, measurement: Callable[..., float], *arguments: str) -> float | None:

@@ -204,7 +204,10 @@ def _times(
             for mode, value in found.items():
                 taken[name].setdefault(mode, []).append(1e6 * value)
     return {
-        name: {mode: Timing(percentiles(values), len(values), runners[name].how) for mode, values in modes.items()}
+        name: {
+            mode: Timing(percentiles(values), len(values), runners[name].how, samples_us=values)
+            for mode, values in modes.items()
+        }
         for name, modes in taken.items()
     }
 
@@ -287,11 +290,11 @@ def measure(
                 found[name].modes = modes
             for name, model in models.items():
                 tell(name, "wall")
-                _wall_times(problem, model, found[name])
+                _wall_times(problem, model, found[name], min(3, rounds))
     return list(found.values())
 
 
-def _wall_times(problem: Problem, model: Model, result: Result) -> None:
+def _wall_times(problem: Problem, model: Model, result: Result, rounds: int) -> None:
     """As a user calls it, launch by launch, whatever the device time was taken from."""
     eager = _eager_runner(problem, model, "events")
 
@@ -299,6 +302,5 @@ def _wall_times(problem: Problem, model: Model, result: Result) -> None:
         eager.forward()
         eager.backward()
 
-    rounds = 3
     result.modes["inference"].wall_us = 1e6 * wall_seconds(eager.infer, problem.device, rounds)
     result.modes["training"].wall_us = 1e6 * wall_seconds(train, problem.device, rounds)

@@ -153,7 +153,8 @@ def flashrnn(case: Case, weights: Tensors, device: torch.device) -> Model:
         model = _flashrnn(package, backend, case, weights, device)
         x = torch.zeros(1, case.batch, case.columns, dtype=case.dtype, device=device)
         try:
-            model.call(x, True).sum().backward()
+            with torch.enable_grad():
+                model.call(x, True).sum().backward()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of a compiler, its absence, or the package's own search for a layout

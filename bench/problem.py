@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -39,7 +39,6 @@ class Model:
         leaves: what gets gradients besides x, by name; names as in `expected`.
         expected: what it should give, found when it is first asked for.
         graphed: its device time is that of a CUDA graph's replays; else between events around the call.
-        wall: the call as its users make it is worth timing on the host's clock.
         layout: of kernels, where it has one.
     """
 
@@ -61,15 +60,6 @@ def product_precision(case: Case) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def _expected(case: Case, run: Callable[[Tensor, bool], Tensor], x: Tensor, pull: Tensor, leaves: Any) -> Expected:
-    with torch.no_grad():
-        inference = run(x, False)
-    output = run(x, True)
-    wanted = dict(leaves) | ({"x": x} if x.requires_grad else {})
-    found = torch.autograd.grad(output, list(wanted.values()), pull)
-    return Expected(output.detach(), dict(zip(wanted, found, strict=True)), inference)
 
 
 @dataclass
@@ -125,17 +115,26 @@ class Problem:
             layer.train(training)
         return layer(x, lengths=self.case.lengths_of_batch())[0]
 
-    def _doubled(self) -> tuple[Tensor, Tensor]:
-        return self.x.detach().double().requires_grad_(self.x.requires_grad), self.pull.double()
+    @property
+    def capturable(self) -> bool:
+        """Lengths on the host are copied to the device in every call, which a graph's capture does not allow."""
+        return self.case.lengths == "equal"
+
+    def expected_of(self, run: Callable[[Tensor, bool], Tensor], leaves: dict[str, Tensor]) -> Expected:
+        """What `run`, a float64 model as `Model.call`, gives for this problem."""
+        x, pull = self.x.detach().double().requires_grad_(self.x.requires_grad), self.pull.double()
+        with torch.no_grad():
+            inference = run(x, False)
+        output = run(x, True)
+        wanted = leaves | ({"x": x} if x.requires_grad else {})
+        found = torch.autograd.grad(output, list(wanted.values()), pull)
+        return Expected(output.detach(), dict(zip(wanted, found, strict=True)), inference)
 
     @cached_property
     def batch_normalised(self) -> Expected:
         """Of the batch-normalised LSTM: the reference path in float64."""
         layer = self.copy_of_layer(backend="reference").double()
-        x, pull = self._doubled()
-        return _expected(
-            self.case, lambda x, training: self.call_layer(layer, x, training), x, pull, layer.named_parameters()
-        )
+        return self.expected_of(partial(self.call_layer, layer), dict(layer.named_parameters()))
 
     def plain_lstm(self, dtype: torch.dtype) -> nn.LSTM:
         """nn.LSTM with the same weights: no batch norm, one of its two biases zero."""
@@ -168,6 +167,5 @@ class Problem:
     def without_batch_norm(self) -> Expected:
         """Of the plain LSTM: PyTorch's own operations in float64, not cuDNN's."""
         lstm = self.plain_lstm(torch.float64)
-        x, pull = self._doubled()
         with torch.backends.cudnn.flags(enabled=False):
-            return _expected(self.case, lambda x, _: self.call_plain_lstm(lstm, x), x, pull, lstm.named_parameters())
+            return self.expected_of(lambda x, _: self.call_plain_lstm(lstm, x), dict(lstm.named_parameters()))

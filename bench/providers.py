@@ -17,12 +17,15 @@ from triton_bnlstm import BNLSTM
 from triton_bnlstm.backend import why_no_kernels
 from triton_bnlstm.kernels.config import BackwardConfig, Config
 
+from . import peers
 from .loops import BatchNormLoop, StepLoop
-from .problem import Model, Problem
+from .problem import Expected, Model, Problem
 from .unavailable import Unavailable
 
 # Seconds that torch.compile gets for a loop over all steps, forward and backward together.
 LOOP_LIMIT_S = 60.0
+# For packages that compile their kernels when they are first used.
+PEER_LIMIT_S = 120.0
 
 
 class TimeUp(BaseException):
@@ -57,7 +60,7 @@ class Provider:
         build: a problem → its model; raises Unavailable where it cannot run it.
         ours: it is one of this library's kernels.
         limit_s: seconds for its first training step, compilers included.
-        note: what a reader has to know.
+        note: what it is, to be shown beside its name.
     """
 
     name: str
@@ -118,9 +121,7 @@ def kernels(problem: Problem, layouts: Layouts, save: str = "preactivations") ->
             return problem.call_layer(layer, x, train)
 
     told = {what: asdict(layout) for what, layout in layouts._asdict().items()}
-    # lengths on the host are copied to the device in each call, which a capture does not allow
-    graphed = problem.case.lengths == "equal"
-    return Model(call, _named_parameters(layer), lambda: problem.batch_normalised, graphed, told)
+    return Model(call, _named_parameters(layer), lambda: problem.batch_normalised, problem.capturable, told)
 
 
 def ours(problem: Problem, *, sequence: bool, save: str = "preactivations") -> Model:
@@ -191,8 +192,22 @@ def cudnn(problem: Problem) -> Model:
         lambda x, _: problem.call_plain_lstm(lstm, x),
         dict(lstm.named_parameters()),
         lambda: problem.without_batch_norm,
-        graphed=problem.case.lengths == "equal",
+        graphed=problem.capturable,
     )
+
+
+def peer(adapter: Callable[..., peers.Model], problem: Problem) -> Model:
+    """Somebody else's kernels, with the layer's weights as far as they have such."""
+    case = problem.case
+    weights = {name.removesuffix("_l0"): p.detach() for name, p in problem.layer.named_parameters()}
+    model = adapter(case, weights, problem.device)
+    wide = {name: p.detach().double().requires_grad_() for name, p in model.parameters.items()}
+
+    def expected() -> Expected:
+        return problem.expected_of(lambda x, _: model.expected(wide, x), wide)
+
+    layout = {"backend": model.backend} if model.backend else None
+    return Model(model.call, model.parameters, expected, graphed=False, layout=layout)
 
 
 PROVIDERS = {
@@ -210,7 +225,9 @@ PROVIDERS = {
         Provider("compiled loop", compiled_loop, limit_s=LOOP_LIMIT_S, note="torch.compile of the loop over all steps"),
         Provider("reference", reference, note="this library's reference path, eager"),
         Provider("F.batch_norm loop", batch_norm_loop, note="two F.batch_norm calls a step, eager"),
-        Provider("cuDNN", cudnn, note="nn.LSTM: no batch norm"),
+        Provider("nn.LSTM", cudnn, note="no batch norm"),
+        Provider("FlashRNN", partial(peer, peers.flashrnn), note="no batch norm", limit_s=PEER_LIMIT_S),
+        Provider("Haste", partial(peer, peers.haste), note="layer norm", limit_s=PEER_LIMIT_S),
     )
 }
 # What a case is measured with unless something else is asked for: compiling a loop takes minutes.

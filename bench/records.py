@@ -6,7 +6,7 @@
     versions      of python, torch, cuda, cudnn, triton, numpy, triton_bnlstm
     runs          one per command: command, utc, seconds, source, load
     tests         passed, failed (a message by test), skipped, unfinished; source
-    ceilings      figures of `floor.Ceilings`, and source
+    ceilings      figures of `ceilings.Ceilings`, and source
     cases         fields of `cases.Case` by key
     results       one per case and provider, see `Result`
     layouts       tuning: one per case and way, candidates with their times
@@ -47,12 +47,17 @@ WITHHELD = "withheld"  # its tests failed on this device, so it was not timed
 STATUSES = (OK, CANNOT, WRONG, FAILED, WITHHELD)
 
 
+def _told(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value not in (None, "", {})}
+
+
 @dataclass
 class Timing:
     """Of one mode. Device microseconds of a call: median, 20th and 80th percentile; wall microseconds: median.
 
     how: "graph" (a CUDA graph's replays) or "events" (between events around the call); "cpu" without a GPU, where the
         figure is wall time.
+    samples_us: all of them; not stored.
     """
 
     us: tuple[float, float, float]
@@ -60,6 +65,7 @@ class Timing:
     how: str
     wall_us: float | None = None
     floor_us: float | None = None
+    samples_us: list[float] = field(default_factory=list)
 
     @property
     def of_floor(self) -> float | None:
@@ -96,7 +102,11 @@ class Result:
 
     def as_json(self) -> dict[str, Any]:
         """Its fields, without those that say nothing."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, "", {})}
+        found = asdict(self)
+        for timing in found["modes"].values():
+            del timing["samples_us"]
+        found["modes"] = {mode: _told(timing) for mode, timing in found["modes"].items()}
+        return _told(found)
 
     @classmethod
     def of_json(cls, fields: dict[str, Any]) -> Result:

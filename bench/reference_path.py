@@ -15,42 +15,12 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triton_bnlstm import BNLSTM
 
 from .__main__ import at_least
-
-
-class BatchNormLoop(nn.Module):
-    """Recurrent batch normalisation as a loop of F.batch_norm over steps; gates i, f, g, o; equal lengths only."""
-
-    def __init__(self, input_size: int, hidden_size: int, max_length: int) -> None:
-        super().__init__()
-        columns = 4 * hidden_size
-        self.weight_ih = nn.Parameter(torch.randn(columns, input_size) * input_size**-0.5)
-        self.weight_hh = nn.Parameter(nn.init.orthogonal_(torch.empty(columns, hidden_size)))
-        self.bias = nn.Parameter(torch.zeros(columns))
-        self.gamma_ih = nn.Parameter(torch.full((columns,), 0.1))
-        self.gamma_hh = nn.Parameter(torch.full((columns,), 0.1))
-        for name in ("ih", "hh"):
-            self.register_buffer(f"mean_{name}", torch.zeros(max_length, columns))
-            self.register_buffer(f"var_{name}", torch.ones(max_length, columns))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Input [T, B, D] → output [T, B, H]."""
-        h = c = x.new_zeros(x.shape[1], self.weight_hh.shape[1])
-        outputs = []
-        slots = zip(*(b.unbind() for b in self.buffers()), strict=True)  # mean_ih, var_ih, mean_hh, var_hh
-        for x_t, (mean_ih, var_ih, mean_hh, var_hh) in zip(x, slots, strict=False):
-            a = F.batch_norm(F.linear(x_t, self.weight_ih), mean_ih, var_ih, self.gamma_ih, None, True)
-            a = a + F.batch_norm(F.linear(h, self.weight_hh), mean_hh, var_hh, self.gamma_hh, self.bias, True)
-            i, f, g, o = a.chunk(4, 1)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * c.tanh()
-            outputs.append(h)
-        return torch.stack(outputs)
+from .loops import BatchNormLoop
 
 
 def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
@@ -96,12 +66,13 @@ def main() -> None:
     x = torch.randn(size.steps, size.batch, size.input, requires_grad=True)
     lengths = torch.linspace(max(1, size.steps // 4), size.steps, size.batch).long()
     lstm = nn.LSTM(size.input, size.hidden)
-    loop = BatchNormLoop(size.input, size.hidden, size.steps)
+    looped_layer = BNLSTM(size.input, size.hidden, max_length=size.steps)
+    loop = BatchNormLoop(looped_layer)
     layer = BNLSTM(size.input, size.hidden, max_length=size.steps, backend="reference")
 
     def step(forward: Callable[[], Tensor]) -> Callable[[], None]:
         def run() -> None:
-            for p in (x, *lstm.parameters(), *loop.parameters(), *layer.parameters()):
+            for p in (x, *lstm.parameters(), *looped_layer.parameters(), *layer.parameters()):
                 p.grad = None
             forward().sum().backward()
 
@@ -110,7 +81,7 @@ def main() -> None:
     found = measure(
         {
             "nn.LSTM (no batch norm)": step(lambda: lstm(x)[0]),
-            "F.batch_norm per step": step(lambda: loop(x)),
+            "F.batch_norm per step": step(lambda: loop(x, True)),
             "BNLSTM, reference path": step(lambda: layer(x)[0]),
             "BNLSTM, lengths T/4…T": step(lambda: layer(x, lengths=lengths)[0]),
         },

@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run a campaign. 0; 1 if a GPU test failed; 2 if there is no GPU or an earlier record cannot be read."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser().parse_args(argv)
-    command = shlex.join(["python", "-m", "bench.campaign", *argv])
+    # as anybody would give it again: where its files went is nobody's affair
+    told = ["DIR" if word == str(arguments.out) else word for word in argv]
+    command = shlex.join(["python", "-m", "bench.campaign", *told])
     own = arguments.out / records.FILE
     if own.exists() and not arguments.resume:
         print(f"bench.campaign: {own} is there already: --resume goes on from it", file=sys.stderr)

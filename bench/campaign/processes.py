@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-m", "bench.campaign.worker"]
 
 
 class Gone(RuntimeError):
@@ -52,7 +54,7 @@ class Worker:
 
     def __init__(self, log: IO[str], environment: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.campaign.worker"],
+            COMMAND,
             cwd=ROOT,
             env={**os.environ, **(environment or {})},
             stdin=subprocess.PIPE,
@@ -105,7 +107,5 @@ class Worker:
         kill(self.process)
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
-                try:
+                with contextlib.suppress(OSError, ValueError):  # an item that it never read
                     stream.close()
-                except (BrokenPipeError, OSError, ValueError):
-                    pass  # an item that it never read

@@ -71,7 +71,8 @@ class Campaign:
     def say(self, text: str) -> None:
         """To the user and the log, with the time."""
         gone = int(time.monotonic() - self.began)
-        line = f"[{gone // 60:2}:{gone % 60:02} of {self.minutes:g}:00] {text}"
+        minutes, seconds = divmod(round(60 * self.minutes), 60)
+        line = f"[{gone // 60:2}:{gone % 60:02} of {minutes}:{seconds:02}] {text}"
         self.show(line)
         self.log.write(line + "\n")
         self.log.flush()
@@ -169,7 +170,7 @@ class Campaign:
         self.say(f"GPU tests: {len(tests)}, {self._processes} processes at a time")
         pool = gpu_tests.Pool(self.say, self.out / "campaign.log", self._processes, deadline)
         found = pool.run(tests)
-        earlier = before if again else {"passed": 0, "skipped": 0, "failed": {}}
+        earlier: dict[str, Any] = before if again else {"passed": 0, "skipped": 0, "failed": {}}
         self.record["tests"] = {
             "passed": earlier["passed"] + found.passed,
             "skipped": earlier["skipped"] + found.skipped,
@@ -283,12 +284,12 @@ class Campaign:
         with tempfile.TemporaryDirectory() as folder:
             caches = {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
             for name in ("cold_s", "warm_s"):
-                seconds: list[float] = []
-                self._ask(item, lambda found, _, s=seconds: s.append(found["first_calls"][0]["seconds"]), caches)
+                answers: list[dict[str, Any]] = []
+                self._ask(item, lambda found, _, to=answers: to.append(found), caches)  # type: ignore[misc]
                 self._drop()  # its caches go away
-                if not seconds and self.left < 1:
+                if not answers and self.left < 1:
                     return False
-                entry[name] = seconds[0] if seconds else None
+                entry[name] = answers[0]["first_calls"][0]["seconds"] if answers else None
         if None in entry.values():
             entry["why"] = "see the campaign's log"
         self.merge({"first_calls": [entry]}, item.case)
@@ -319,7 +320,8 @@ class Campaign:
             steps = self.record["cases"][result.case]["steps"]
             parts.append(f"{result.provider} {training.us[0] / steps:.2f}" if training else _short(result))
         if parts:
-            self.say("  training, µs a step: " + "; ".join(parts))
+            what = "dry run, no measurement" if self.dry_run else "training, µs a step"
+            self.say(f"  {what}: " + "; ".join(parts))
 
 
 def _short(result: records.Result) -> str:

@@ -1,17 +1,15 @@
 """The process that touches the GPU. Reads items as JSON lines, and answers in JSON lines what it is at and has found.
 
-    {"at": [provider, what]}                  a sign of life
-    {"done": {list of the record: entries}}   the item's findings
-    {"lost": [provider, why]}                 the device is of no use to this process any more; it ends
-    {"failed": why}                           the item raised something else
+{"at": [provider, what]}                  a sign of life
+{"done": {list of the record: entries}}   the item's findings
+{"lost": [provider, why]}                 the device is of no use to this process any more; it ends
+{"failed": why}                           the item raised something else
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,52 +19,18 @@ import torch
 
 from .. import records
 from ..cases import Case
+from ..environment import current_device, device_info, versions
 from ..measure import DeviceLost, Tell, is_lost, measure, short
 from ..problem import Problem, product_precision
 from ..providers import PROVIDERS
-from ..timing import l2_bytes, synchronize
+from ..timing import synchronize
 
 Found = dict[str, Any]
 
 
-def device() -> torch.device:
-    """The GPU, or the CPU for a dry run."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _version(module: str) -> str | None:
-    try:
-        return str(__import__(module).__version__)
-    except Exception:  # missing or broken
-        return None
-
-
-def _asked(*command: str) -> str | None:
-    """First line that a program prints, None where it cannot be run."""
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        return ran.stdout.strip().splitlines()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
-
-
 def identity(tell: Tell, **_: Any) -> Found:
     """The device and the versions."""
-    cuda, on = torch.cuda.is_available(), device()
-    name = torch.cuda.get_device_name(on) if cuda else "CPU (dry run)"
-    slug = "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
-    found: dict[str, Any] = {"name": name, "slug": slug, "type": on.type, "machine": platform.machine()}
-    if cuda:
-        p = torch.cuda.get_device_properties(on)
-        found |= {"capability": 10 * p.major + p.minor, "multiprocessors": p.multi_processor_count}
-        found |= {"memory_bytes": p.total_memory, "l2_bytes": l2_bytes(on)}
-        found["driver"] = _asked("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        clocks = "clocks.max.sm,clocks.max.memory,power.limit"
-        found["limits"] = _asked("nvidia-smi", f"--query-gpu={clocks}", "--format=csv,noheader")
-    versions: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if cuda else None}
-    versions |= {module: _version(module) for module in ("triton", "numpy", "triton_bnlstm")}
-    return {"device": found, "versions": versions}
+    return {"device": device_info(), "versions": versions()}
 
 
 def ceilings(tell: Tell, **_: Any) -> Found:
@@ -74,7 +38,7 @@ def ceilings(tell: Tell, **_: Any) -> Found:
     from ..ceilings import measure as measured
 
     tell("ceilings", "measure")
-    found = measured(device(), toy=device().type == "cpu")
+    found = measured(current_device(), toy=current_device().type == "cpu")
     return {"ceilings": {**found.as_json(), "source": records.source()}}
 
 
@@ -83,7 +47,7 @@ def bench(
 ) -> Found:
     """All providers in one case. skip: reasons, by provider, why it is not tried again."""
     chosen = [PROVIDERS[name] for name in providers if name not in skip]
-    found = measure(case, device(), chosen, withheld=withheld, tell=tell, **options)
+    found = measure(case, current_device(), chosen, withheld=withheld, tell=tell, **options)
     found += [
         records.Result(case.key, name, records.FAILED, why, source=records.source())
         for name, why in skip.items()
@@ -96,7 +60,7 @@ def tune(tell: Tell, case: Case, skip: dict[str, str], withheld: dict[str, str],
     """The default layouts' neighbours."""
     from ..layouts import tune as tuned
 
-    return {"layouts": tuned(case, device(), skip=skip, tell=tell, **options)}
+    return {"layouts": tuned(case, current_device(), skip=skip, tell=tell, **options)}
 
 
 def stages(tell: Tell, case: Case, skip: dict[str, str], withheld: dict[str, str], **options: Any) -> Found:
@@ -105,7 +69,9 @@ def stages(tell: Tell, case: Case, skip: dict[str, str], withheld: dict[str, str
 
     tell("stages", "measure")
     with product_precision(case):
-        return {"stages": [{**each, "source": records.source()} for each in measured(case, device(), **options)]}
+        return {
+            "stages": [{**each, "source": records.source()} for each in measured(case, current_device(), **options)]
+        }
 
 
 def profile(tell: Tell, case: Case, skip: dict[str, str], withheld: dict[str, str], **_: Any) -> Found:
@@ -114,7 +80,7 @@ def profile(tell: Tell, case: Case, skip: dict[str, str], withheld: dict[str, st
 
     tell("profile", "measure")
     with product_precision(case):
-        return {"kernels": [{**measured(case, device()), "source": records.source()}]}
+        return {"kernels": [{**measured(case, current_device()), "source": records.source()}]}
 
 
 def counters(tell: Tell, case: Case, skip: dict[str, str], withheld: dict[str, str], **_: Any) -> Found:
@@ -130,7 +96,7 @@ def first_call(
 ) -> Found:
     """Seconds of a process's first training step, by the caches that it was started with."""
     (name,) = providers
-    on = device()
+    on = current_device()
     torch.zeros(1, device=on)
     tell(name, "first call")
     with product_precision(case):
@@ -173,7 +139,7 @@ def main() -> None:
             return
         except Exception as error:
             why = f"{type(error).__name__}: {short(error)}"
-            if is_lost(device()):
+            if is_lost(current_device()):
                 answer(lost=["", why])
                 return
             answer(failed=why)

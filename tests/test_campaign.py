@@ -1,0 +1,392 @@
+"""The campaign: what it lists, how it survives crashes and hangs, what it writes; and a dry run of all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import records
+from bench.campaign import gpu_tests, plan, processes, runner
+from bench.campaign.__main__ import main
+from bench.cases import CASES, HOT, VOWEL_LENGTHS, Case
+from bench.records import Result, Timing
+from tests.support import need_kernels
+
+ROOT = Path(__file__).parents[1]
+
+
+# Cases and plan
+
+
+def test_the_papers_cases_and_a_grid_are_there_once_each():
+    keys = [case.key for case in CASES]
+    assert len(set(keys)) == len(keys)
+    sizes = {(c.batch, c.hidden, c.steps, c.columns) for c in CASES}
+    assert {(100, 100, 784, 1), (64, 1000, 100, 50), (128, 2000, 180, 27)} <= sizes
+    plain = {(c.batch, c.hidden) for c in CASES if c.steps == 100 and c.lengths == "equal"}
+    assert {(b, h) for b in (16, 32, 64, 128, 256) for h in (128, 256, 512, 1024, 2048)} <= plain
+    assert {c.precision for c in CASES} == {"float32", "tf32", "bfloat16", "float16"}
+    assert {c.lengths for c in CASES} == {"equal", "uniform", "vowels"}
+    assert any(c.cell_norm for c in CASES)
+    assert any(c.layers == 2 and c.bidirectional for c in CASES)
+
+
+def test_lengths_are_those_that_are_said():
+    assert Case(4, 8, 100, 8).lengths_of_batch() is None
+    uniform = Case(64, 8, 100, 8, lengths="uniform").lengths_of_batch()
+    assert uniform is not None
+    assert (uniform[0], uniform[-1], len(uniform)) == (100, 25, 64)
+    assert uniform == sorted(uniform, reverse=True)
+    assert sum(uniform) / 64 == pytest.approx(62.5, abs=0.5)
+    vowels = Case(64, 8, 26, 12, lengths="vowels").lengths_of_batch()
+    assert vowels is not None
+    assert (vowels[0], vowels[-1]) == (26, 7)
+    mean = sum(n * count for n, count in VOWEL_LENGTHS.items()) / sum(VOWEL_LENGTHS.values())
+    assert sum(vowels) / 64 == pytest.approx(mean, abs=0.3)
+    assert Case(64, 8, 26, 12, lengths="vowels").rows == sum(vowels)
+
+
+def test_vowel_lengths_are_the_data_sets_own():
+    datasets = pytest.importorskip("aeon.datasets")
+    sequences, _ = datasets.load_japanese_vowels(split="train")
+    found = [s.shape[1] for s in sequences]
+    assert {n: found.count(n) for n in set(found)} == VOWEL_LENGTHS
+
+
+def test_every_case_is_planned_and_every_kind_has_a_worker():
+    from bench.campaign.worker import KINDS
+
+    items = plan.items()
+    assert len({item.key for item in items}) == len(items)
+    assert {item.case for item in items if item.kind == "bench"} == set(CASES)
+    assert {item.kind for item in items} | {"identity"} == set(KINDS)
+    assert {item.kind for item in plan.toy_items()} == {item.kind for item in items}
+
+
+# GPU tests
+
+
+def test_pytests_words_are_understood():
+    chunk = [f"tests/test_gpu.py::test_a[{k}]" for k in range(5)]
+    output = textwrap.dedent("""
+        tests/test_gpu.py::test_a[0] PASSED                  [ 20%]
+        tests/test_gpu.py::test_a[1] FAILED                  [ 40%]
+        tests/test_gpu.py::test_a[2] FAILED                  [ 60%]
+        tests/test_gpu.py::test_a[3]
+        FAILED tests/test_gpu.py::test_a[1] - AssertionError: sequence mode, output: relative RMS 1
+        FAILED tests/test_gpu.py::test_a[2] - RuntimeError: CUDA error: device-side assert triggered
+    """)
+    verdicts, messages, again = gpu_tests.read(output, chunk, "the process was killed by SIGSEGV")
+    assert verdicts == {chunk[0]: "PASSED", chunk[1]: "FAILED", chunk[3]: "FAILED"}
+    assert messages[chunk[1]].startswith("AssertionError: sequence mode")
+    assert messages[chunk[3]] == "the process was killed by SIGSEGV"
+    assert again == [chunk[2], chunk[4]]
+
+
+def test_a_pool_outlives_tests_that_crash_and_hang(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_gpu.py").write_text(
+        textwrap.dedent("""
+        import os, pathlib, time
+        import pytest
+
+        here = pathlib.Path(__file__).parent
+
+        @pytest.mark.gpu
+        @pytest.mark.parametrize("kind", ["good", "wrong-bfloat16", "crash", "behind", "hang", "last"])
+        def test_kind(kind):
+            if kind == "crash":
+                os._exit(7)
+            if kind == "hang":
+                time.sleep(600)
+            assert "wrong" not in kind, "step mode, output: relative RMS 1"
+
+        @pytest.mark.gpu
+        def test_memory():
+            marker = here / "tried"
+            if not marker.exists():
+                marker.touch()
+                raise RuntimeError("CUDA out of memory. Tried to allocate")
+
+        @pytest.mark.gpu
+        def test_other():
+            pytest.skip("not here")
+
+        def test_of_no_gpu():
+            raise AssertionError
+    """)
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\n")
+    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_tests, "SECONDS_OF_A_PROCESS", 6.0)
+    monkeypatch.setattr(gpu_tests, "SECONDS_OF_A_TEST", 0.0)
+    tests = gpu_tests.collect(60)
+    assert len(tests) == 8
+    said: list[str] = []
+    found = gpu_tests.Pool(said.append, tmp_path / "log", 2, time.monotonic() + 120).run(tests)
+    assert (found.passed, found.skipped, found.unfinished) == (4, 1, [])
+    why = {test.partition("::")[2]: message for test, message in found.failed.items()}
+    assert set(why) == {"test_kind[wrong-bfloat16]", "test_kind[crash]", "test_kind[hang]"}
+    assert "status 7" in why["test_kind[crash]"]
+    assert "not finished within 6 s" in why["test_kind[hang]"]
+    assert said[-1] == "GPU tests: 8 of 8, 3 failed"
+    withheld = gpu_tests.withheld(found.failed)
+    assert withheld == {"bfloat16": {"step": withheld["bfloat16"]["step"]}}
+    assert "relative RMS 1" in withheld["bfloat16"]["step"]
+
+
+def test_tests_that_there_is_no_time_for_are_not_failures(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_gpu.py").write_text("import time\ndef test_long(): time.sleep(600)\n")
+    tests = ["tests/test_gpu.py::test_long"]
+    found = gpu_tests.Pool(lambda text: None, tmp_path / "log", 2, time.monotonic() + 6).run(tests)
+    assert (found.failed, found.unfinished) == ({}, tests)
+    assert gpu_tests.Pool(lambda text: None, tmp_path / "log", 2, time.monotonic() - 1).run(tests).unfinished == tests
+
+
+def test_what_names_no_precision_withholds_nothing():
+    assert gpu_tests.withheld({"tests/test_gpu.py::test_memcheck": "no sanitizer"}) == {}
+    both = gpu_tests.withheld({"tests/test_gpu.py::test_real_sizes[tf32-(64, 512, 64)]": "off"})
+    assert set(both) == {"tf32"}
+    assert set(both["tf32"]) == {"sequence", "sequence, recompute", "step"}
+
+
+# The campaign with a worker that does as it is told
+
+FAKE_WORKER = """
+import json, os, sys, time
+
+def answer(**message):
+    print(json.dumps(message), flush=True)
+
+for line in sys.stdin:
+    item = json.loads(line)
+    if item["kind"] == "identity":
+        device = {"name": "Fake", "slug": "fake", "type": "cuda", "multiprocessors": 4}
+        answer(done={"device": device, "versions": {"torch": "1", "triton": "2"}})
+        continue
+    if item["kind"] != "bench":
+        if item["kind"] == "stages":
+            answer(failed="no such stage")
+        else:
+            answer(done={})
+        continue
+    case, results = item["case"], []
+    key = f"B{case['batch']}-H{case['hidden']}-T{case['steps']}-D{case['columns']}-{case['precision']}"
+    for name in item["providers"]:
+        if name in item["skip"]:
+            results.append({"case": key, "provider": name, "status": "failed", "why": item["skip"][name]})
+            continue
+        if name in item["withheld"]:
+            results.append({"case": key, "provider": name, "status": "withheld", "why": item["withheld"][name]})
+            continue
+        answer(at=[name, "prepare"])
+        if name == "step":
+            os.kill(os.getpid(), 11)
+        if name == "reference":
+            time.sleep(600)
+        if name == "nn.LSTM":
+            answer(lost=[name, "illegal memory access"])
+            sys.exit()
+        times = {"us": [10.0, 9.0, 11.0], "rounds": 3, "how": "graph"}
+        results.append({"case": key, "provider": name, "status": "ok", "modes": {"training": times}})
+    answer(done={"results": results})
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A campaign of two cases and one stage, on FAKE_WORKER, without GPU tests."""
+    script = tmp_path / "fake_worker.py"
+    script.write_text(FAKE_WORKER)
+    monkeypatch.setattr(processes, "COMMAND", [sys.executable, str(script)])
+    monkeypatch.setattr(runner, "SILENCE_S", 3.0)
+    monkeypatch.setattr(runner, "WARM_SHARE", 0.0)
+    monkeypatch.setattr(gpu_tests, "collect", lambda limit: ["tests/test_gpu.py::test_x[float16]"])
+
+    class Pool(gpu_tests.Pool):
+        def run(self, tests):
+            return gpu_tests.Outcome(3, 1, {tests[0]: "step mode, off"}, [])
+
+    monkeypatch.setattr(gpu_tests, "Pool", Pool)
+    names = ["sequence", "step", "reference", "nn.LSTM"]
+    cases = [HOT[0], Case(64, 512, 100, 512, "float16")]
+    items = [plan.Item("bench", case, 1.0, {"providers": names}) for case in cases]
+    monkeypatch.setattr(runner, "items", lambda: [*items, plan.Item("stages", HOT[0], 1.0)])
+    said: list[str] = []
+
+    def campaign(resume=(), minutes=3.0):
+        return runner.Campaign(tmp_path / "out", minutes, list(resume), False, "command", said.append)
+
+    campaign.said = said
+    campaign.file = tmp_path / "out" / records.FILE
+    return campaign
+
+
+def test_crashes_and_hangs_are_noted_and_the_rest_goes_on(fake):
+    assert fake().run() == 1  # a GPU test failed
+    record = records.read(fake.file)
+    found = {(r.case, r.provider): r for r in records.results_of(record)}
+    half, whole = HOT[0].key, Case(64, 512, 100, 512, "float16").key
+    assert found[half, "sequence"].modes["training"].us == (10, 9, 11)
+    assert (found[half, "step"].status, found[half, "step"].why) == ("failed", "killed by SIGSEGV, at: prepare")
+    assert found[half, "reference"].why == "no answer within 3 s, at: prepare"
+    assert found[half, "nn.LSTM"].why == "illegal memory access"
+    assert found[whole, "step"].status == "withheld"
+    assert "test_x[float16]" in found[whole, "step"].why
+    assert found[whole, "sequence"].status == "ok"
+    assert record["troubles"][0]["why"] == "no such stage"
+    assert len(record["done"]) == 3
+    assert record["tests"] == {
+        "passed": 3,
+        "skipped": 1,
+        "failed": {"tests/test_gpu.py::test_x[float16]": "step mode, off"},
+        "unfinished": [],
+        "source": records.source(),
+    }
+    assert any("all items are done" in line for line in fake.said)
+
+
+def test_another_run_does_only_what_is_left(fake, monkeypatch):
+    fake().run()
+    before = records.read(fake.file)
+    before["done"] = before["done"][1:]
+    fake.said.clear()
+    fake([before]).run()
+    record = records.read(fake.file)
+    begun = [line for line in fake.said if " of 3: " in line]
+    assert len(begun) == 1
+    assert HOT[0].key in begun[0]
+    assert len(record["runs"]) == 2
+    assert len(record["results"]) == len(before["results"])
+    assert record["tests"]["passed"] == 3  # not run again
+
+    monkeypatch.setattr(records, "source", lambda: "other kernels")
+    fake.said.clear()
+    fake([record]).run()
+    assert len([line for line in fake.said if " of 3: " in line]) == 3
+
+
+def test_a_record_of_another_device_is_not_gone_on_with(fake):
+    fake().run()
+    before = records.read(fake.file)
+    before["device"]["name"] = "Another"
+    fake.said.clear()
+    fake([before]).run()
+    assert len(records.read(fake.file)["runs"]) == 1
+    assert any("beginning anew" in line for line in fake.said)
+
+
+def test_what_the_end_of_the_time_cuts_off_is_left_for_another_run(fake, monkeypatch):
+    monkeypatch.setattr(runner, "SILENCE_S", 100.0)
+    fake(minutes=0.25).run()  # a provider is silent until the end
+    record = records.read(fake.file)
+    assert record["results"] == record["troubles"] == record["done"] == []
+    assert "3 of 3 items are left" in fake.said[-1]
+    monkeypatch.setattr(runner, "SILENCE_S", 3.0)
+    fake([record]).run()
+    assert len(records.read(fake.file)["done"]) == 3
+
+
+# Records
+
+
+def test_a_record_survives_a_round_trip_and_bad_files_are_refused(tmp_path):
+    timing = Timing((3.0, 2.0, 4.0), 5, "graph", floor_us=1.5, samples_us=[1.0, 2.0])
+    result = Result("key", "sequence", modes={"training": timing}, errors={"outputs": 1e-3}, saved_bytes=5)
+    record = records.empty() | {"results": [result.as_json()], "ceilings": {"x": float("nan")}}
+    path = tmp_path / records.FILE
+    records.write(path, record)
+    again = records.read(path)
+    (found,) = records.results_of(again)
+    assert found.modes["training"].us == (3, 2, 4)
+    assert found.modes["training"].of_floor == 2
+    assert found.modes["training"].samples_us == []
+    assert again["ceilings"] == {"x": None}
+    for text in ("{", "[]", '{"schema": 99}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"campaign\.json"):
+            records.read(path)
+
+
+def test_writing_over_a_record_leaves_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / records.FILE
+    records.write(path, records.empty())
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        records.write(path, records.empty() | {"dry_run": True})
+    assert records.read(path)["dry_run"] is False
+
+
+# The command
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys, monkeypatch):
+    (tmp_path / records.FILE).write_text("{}")
+    assert main(["--out", str(tmp_path)]) == 2
+    assert "--resume goes on" in capsys.readouterr().err
+    assert main(["--out", str(tmp_path), "--resume"]) == 2
+    assert "not a campaign's record" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--minutes", "-1"])
+    assert "must be a number above 0" in capsys.readouterr().err
+
+
+def dry_run(out, minutes, *more):
+    command = [sys.executable, "-m", "bench.campaign", "--dry-run", "--minutes", str(minutes), "--out", str(out), *more]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_dry_run_walks_the_whole_plan(tmp_path):
+    """As on a GPU but for the clock and the sizes: a first run there must not die of a typo."""
+    need_kernels()
+    pytest.importorskip("pytest_benchmark")
+    process = dry_run(tmp_path, 20)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    assert "all items are done" in output
+    record = records.read(tmp_path / records.FILE)
+    assert record["dry_run"]
+    assert record["troubles"] == []
+    assert len(record["done"]) == len(plan.toy_items())
+    results = records.results_of(record)
+    assert {r.status for r in results} <= {"ok", "cannot"}
+    assert {c.toy().key for c in CASES} == {r.case for r in results}
+    for result in results:
+        if result.status == "ok":
+            assert set(result.modes) == {"inference", "forward", "backward", "training"}
+            assert result.modes["training"].floor_us
+            assert result.saved_bytes
+    for name in ("layouts", "stages", "kernels", "first_calls"):
+        assert record[name], name
+    assert record["ceilings"]["flops"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["campaign.json", "campaign.log"]
+
+
+def test_a_killed_campaign_leaves_a_readable_record(tmp_path):
+    need_kernels()
+    process = dry_run(tmp_path, 20)
+    path = tmp_path / records.FILE
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if path.exists() and records.read(path)["done"]:
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = records.read(path)["done"]
+    assert done
+    process = dry_run(tmp_path, 0.25, "--resume")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert f"{len(done)} of {len(plan.toy_items())} items were done before" in output
+    assert json.loads(path.read_text())["runs"][-1]["seconds"] > 0
