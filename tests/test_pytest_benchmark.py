@@ -1,0 +1,71 @@
+"""`pytest bench` as its users run it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+ROOT = Path(__file__).parents[1]
+
+
+def run(*options):
+    command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
+def test_timings_on_a_cpu_are_asked_for_and_say_what_they_are(tmp_path):
+    file = tmp_path / "timings.json"
+    which = "not uniform and inference and (loop or sequence)"
+    ran = run("-k", which, "--benchmark-enable", f"--benchmark-json={file}", f"--benchmark-storage={tmp_path}/kept")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "only eager loops are timed" in ran.stdout
+    (benchmark,) = json.loads(file.read_text())["benchmarks"]
+    assert benchmark["group"].startswith("CPU, eager reference path, not the kernels")
+    info = benchmark["extra_info"]
+    assert info["provider"] == "F.batch_norm loop"
+    assert info["mode"] == "inference"
+    assert (info["batch"], info["hidden"], info["steps"]) == (64, 256, 100)
+    assert "(CPU)" in info["device"]
+    assert info["torch"] == torch.__version__
+    assert info["saved_bytes"] > 0
+    assert 0 < info["errors"]["outputs"] < 1e-4
+    # what pytest-benchmark saw are the samples, to its clock's rounding
+    assert benchmark["stats"]["median"] == pytest.approx(info["us_per_step"] * 100 / 1e6, rel=0.05)
+    assert benchmark["stats"]["rounds"] >= 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
+def test_without_a_gpu_nothing_is_timed_and_wrong_results_fail(tmp_path):
+    ran = run("-k", "B6-H8-T3-D4-float32-training-reference", f"--benchmark-json={tmp_path}/timings.json")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "1 passed" in ran.stdout
+    assert "Median" not in ran.stdout
+    spoilt = tmp_path / "spoil.py"
+    spoilt.write_text("from bench import measure\nmeasure.BOUNDS['float32'] = 1e-12\n")
+    command = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import spoil, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            command,
+            "bench",
+            "-k",
+            "B6-H8-T3-D4-float32-training-reference",
+            "-p",
+            "no:cacheprovider",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 1
+    assert "off by" in ran.stdout
