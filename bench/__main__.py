@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
         from . import output
         from .data import LOADERS, SPLIT_SEED
+        from .environment import versions
         from .training import MODELS, QUICK_STEPS, SETTINGS, train
 
         # before any training, so that a missing package is not found out half way
@@ -139,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
             "utc": began.isoformat(timespec="seconds"),
             "device": str(device),
             "device_name": output.device_name(device),
-            "versions": output.versions(),
+            "versions": versions(),
             "seeds": {"weights_noise_and_batches": arguments.seed, "split": SPLIT_SEED},
             "notes": output.notes(outcomes, device),
             "tasks": [output.as_json(outcome) for outcome in outcomes],

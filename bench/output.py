@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import platform
@@ -21,8 +20,6 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-
-from triton_bnlstm import __version__
 
 from .data import Task
 from .training import MODELS, Report, Run, Settings
@@ -132,21 +129,6 @@ def table(outcome: Outcome) -> Table:
                 run.backend,
             )
     return shown
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what the numbers depend on; None for a Triton that cannot be imported."""
-    try:
-        triton: str | None = importlib.import_module("triton").__version__
-    except Exception:  # a broken install may raise anything
-        triton = None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "triton_bnlstm": __version__,
-        "numpy": np.__version__,
-    }
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
