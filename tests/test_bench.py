@@ -216,7 +216,7 @@ def test_main_writes_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixt
 
     assert set(found) == {"command", "utc", "device", "device_name", "versions", "seeds", "notes", "tasks"}
     assert found["command"].startswith("python -m bench --device cpu --out")
-    assert set(found["versions"]) == {"python", "torch", "triton", "triton_bnlstm", "numpy"}
+    assert set(found["versions"]) >= {"python", "torch", "triton", "triton_bnlstm", "numpy"}
     assert found["seeds"]["weights_noise_and_batches"] == 5
     assert "CPU" in found["device_name"]
     assert any("not the library's performance" in note for note in found["notes"])
