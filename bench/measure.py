@@ -128,12 +128,16 @@ def peak_bytes(problem: Problem, model: Model) -> int | None:
 
 @dataclass
 class Runner:
-    """A model's calls, ready to be timed: evaluation; forward and backward in training, in this order."""
+    """A model's calls, ready to be timed: evaluation; forward and backward in training, in this order.
+
+    how, how_inference: as `records.Timing` has it.
+    """
 
     infer: Callable[[], Any]
     forward: Callable[[], Any]
     backward: Callable[[], Any]
     how: str
+    how_inference: str
     memory: tuple[Any, ...] = ()  # what the graphs write
 
 
@@ -150,7 +154,7 @@ def _eager_runner(problem: Problem, model: Model, how: str) -> Runner:
     def backward() -> None:
         gradients(problem, model, held.pop())
 
-    return Runner(infer, forward, backward, how)
+    return Runner(infer, forward, backward, how, how)
 
 
 def _graph_runner(problem: Problem, model: Model) -> Runner:
@@ -161,10 +165,13 @@ def _graph_runner(problem: Problem, model: Model) -> Runner:
         eager.forward()
         eager.backward()
 
-    inference, _ = captured(eager.infer, warm=eager.infer)
+    infer, how = eager.infer, "events"
+    if model.graphed_inference:
+        inference, _ = captured(eager.infer, warm=eager.infer)
+        infer, how = inference.replay, "graph"
     forward, output = captured(lambda: model.call(problem.x, True), warm=warm)
     backward, found = captured(lambda: gradients(problem, model, output), pool=forward.pool())
-    return Runner(inference.replay, forward.replay, backward.replay, "graph", (output, found))
+    return Runner(infer, forward.replay, backward.replay, "graph", how, (output, found))
 
 
 def runner_of(problem: Problem, model: Model) -> Runner:
@@ -205,11 +212,15 @@ def _times(
                 taken[name].setdefault(mode, []).append(1e6 * value)
     return {
         name: {
-            mode: Timing(percentiles(values), len(values), runners[name].how, samples_us=values)
+            mode: Timing(percentiles(values), len(values), _how(runners[name], mode), samples_us=values)
             for mode, values in modes.items()
         }
         for name, modes in taken.items()
     }
+
+
+def _how(runner: Runner, mode: str) -> str:
+    return runner.how_inference if mode == "inference" else runner.how
 
 
 def _prepare(problem: Problem, provider: Provider, result: Result, limit_s: float | None) -> Model | None:

@@ -39,6 +39,7 @@ class Model:
         leaves: what gets gradients besides x, by name; names as in `expected`.
         expected: what it should give, found when it is first asked for.
         graphed: its device time is that of a CUDA graph's replays; else between events around the call.
+        graphed_inference: in evaluation too.
         layout: of kernels, where it has one.
     """
 
@@ -46,6 +47,7 @@ class Model:
     leaves: dict[str, Tensor]
     expected: Callable[[], Expected]
     graphed: bool = True
+    graphed_inference: bool = True
     layout: dict[str, Any] | None = None
 
 

@@ -121,7 +121,16 @@ def kernels(problem: Problem, layouts: Layouts, save: str = "preactivations") ->
             return problem.call_layer(layer, x, train)
 
     told = {what: asdict(layout) for what, layout in layouts._asdict().items()}
-    return Model(call, _named_parameters(layer), lambda: problem.batch_normalised, problem.capturable, told)
+    return Model(
+        call,
+        _named_parameters(layer),
+        lambda: problem.batch_normalised,
+        graphed=problem.capturable,
+        # In a graph the layer resolves its population again at each replay; called as it is, it keeps the result, and
+        # in sequence mode its few launches are enqueued while the device is still busy.
+        graphed_inference=problem.capturable and not layouts.inference.sequence,
+        layout=told,
+    )
 
 
 def ours(problem: Problem, *, sequence: bool, save: str = "preactivations") -> Model:
@@ -207,7 +216,7 @@ def peer(adapter: Callable[..., peers.Model], problem: Problem) -> Model:
         return problem.expected_of(lambda x, _: model.expected(wide, x), wide)
 
     layout = {"backend": model.backend} if model.backend else None
-    return Model(model.call, model.parameters, expected, graphed=False, layout=layout)
+    return Model(model.call, model.parameters, expected, graphed=False, graphed_inference=False, layout=layout)
 
 
 PROVIDERS = {

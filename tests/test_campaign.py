@@ -61,6 +61,14 @@ def test_vowel_lengths_are_the_data_sets_own():
     assert {n: found.count(n) for n in set(found)} == VOWEL_LENGTHS
 
 
+def test_what_compiles_much_is_compiled_beforehand():
+    warm = plan.warm_items(plan.items(), 10)
+    assert [item.kind for item in warm] == ["tune"] * 2 + ["stages"] * 2 + ["bench"] * 6
+    assert [item.case for item in warm[4:]] == CASES[:6]
+    assert all(item.options["rounds"] == 1 for item in warm[:4])
+    assert not any(item.options["timed"] for item in warm[4:])
+
+
 def test_every_case_is_planned_and_every_kind_has_a_worker():
     from bench.campaign.worker import KINDS
 
@@ -128,7 +136,7 @@ def test_a_pool_outlives_tests_that_crash_and_hang(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_tests, "SECONDS_OF_A_PROCESS", 6.0)
     monkeypatch.setattr(gpu_tests, "SECONDS_OF_A_TEST", 0.0)
-    tests = gpu_tests.collect(60)
+    tests = gpu_tests.collect(60, ("tests/test_gpu.py",))
     assert len(tests) == 8
     said: list[str] = []
     found = gpu_tests.Pool(said.append, tmp_path / "log", 2, time.monotonic() + 120).run(tests)
@@ -146,7 +154,10 @@ def test_a_pool_outlives_tests_that_crash_and_hang(tmp_path, monkeypatch):
 def test_tests_that_there_is_no_time_for_are_not_failures(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_gpu.py").write_text("import time\ndef test_long(): time.sleep(600)\n")
+    (tmp_path / "tests" / "test_gpu.py").write_text(
+        "import pytest, time\n@pytest.mark.gpu\ndef test_long(): time.sleep(600)\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\n")
     tests = ["tests/test_gpu.py::test_long"]
     found = gpu_tests.Pool(lambda text: None, tmp_path / "log", 2, time.monotonic() + 6).run(tests)
     assert (found.failed, found.unfinished) == ({}, tests)

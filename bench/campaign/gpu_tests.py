@@ -20,7 +20,10 @@ from pathlib import Path
 from ..cases import PRECISIONS
 from .processes import ROOT, ending, kill
 
-FILE = "tests/test_gpu.py"
+# Not that of the ceilings: it would not see them while other tests run, and the campaign measures them itself.
+FILES = ("tests/test_gpu.py", "tests/test_stages.py")
+# A warning of somebody else's package must not turn every test red on a machine that nobody has seen before.
+PYTEST = [sys.executable, "-m", "pytest", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider"]
 CHUNK = 6
 # A test compiles up to a dozen kernels, each a matter of seconds, beside other processes that do the same.
 SECONDS_OF_A_PROCESS, SECONDS_OF_A_TEST = 60.0, 45.0
@@ -44,13 +47,13 @@ class Outcome:
     unfinished: list[str] = field(default_factory=list)
 
 
-def collect(limit_s: float, path: str = FILE) -> list[str]:
+def collect(limit_s: float, files: tuple[str, ...] = FILES) -> list[str]:
     """Identifiers of all tests that need a GPU.
 
     Raises:
         RuntimeError: pytest cannot collect them.
     """
-    command = [sys.executable, "-m", "pytest", path, "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    command = [*PYTEST, "--collect-only", "-q", *files]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s)
     found = [line for line in ran.stdout.splitlines() if line.startswith("tests/") and "::" in line]
     if not found:
@@ -156,7 +159,7 @@ class Pool:
             with self.lock:
                 self.outcome.unfinished += chunk
             return
-        command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider", *chunk]
+        command = [*PYTEST, "-v", "-rfE", "--tb=short", *chunk]
         process = subprocess.Popen(
             command,
             cwd=ROOT,

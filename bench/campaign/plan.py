@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..cases import CASES, HOT, Case
@@ -80,7 +80,8 @@ def toy_items() -> list[Item]:
 
 
 def warm_items(todo: list[Item], most: int) -> list[Item]:
-    """For the first cases that will be timed: everything that compiles, checked but not timed."""
-    cases = [item.case for item in todo if item.kind == "bench" and item.case][:most]
+    """What compiles much: neighbours and variants of kernels, and the first cases that will be timed, checked only."""
+    found = [replace(item, options={**item.options, "rounds": 1}) for item in todo if item.kind in ("tune", "stages")]
+    cases = dict.fromkeys(item.case for item in todo if item.kind == "bench" and item.case)
     options = {"providers": list(WARMED), "timed": False}
-    return [Item("bench", case, 0.0, options) for case in dict.fromkeys(cases)]
+    return [*found, *(Item("bench", case, 0.0, options) for case in cases)][:most]

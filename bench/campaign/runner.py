@@ -20,10 +20,10 @@ from .plan import SILENCE_S, Item, items, toy_items, warm_items
 from .processes import Gone, Silent, Worker
 
 # Shares of the time: tests that are left after theirs go on in the next campaign, and so does what is not warm.
-TESTS_SHARE, WARM_SHARE = 0.4, 0.2
+TESTS_SHARE, WARM_SHARE = 0.4, 0.25
 # What is kept for writing the record and ending processes.
 RESERVE_S = 5.0
-WARM_CASES = 24
+WARM_ITEMS = 28
 
 
 class NoDevice(RuntimeError):
@@ -184,11 +184,13 @@ class Campaign:
 
     def _warm(self, waiting: list[Item]) -> None:
         """Compile what will be timed, in many processes; what goes wrong here will show where it is timed."""
-        tasks = warm_items(waiting, 1 if self.dry_run else WARM_CASES)
+        tasks = warm_items(waiting, 1 if self.dry_run else WARM_ITEMS)
         until = time.monotonic() + min(self.left, 60 * self.minutes * WARM_SHARE)
         if not tasks or self.left < 60:
             return
-        self.say(f"compiling for {len(tasks)} cases")
+        self.say(f"compiling for {len(tasks)} items, {self._processes} processes at a time")
+        # or each of the processes would start as many compilers as there are cores
+        environment = {**self.environment, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
         def serve() -> None:
             while tasks and time.monotonic() < until:
@@ -196,7 +198,7 @@ class Campaign:
                     item = tasks.pop(0)
                 except IndexError:
                     return
-                worker = Worker(self.log, self.environment)
+                worker = Worker(self.log, environment)
                 try:
                     worker.send(self._message(item, {}))
                     while "at" in worker.receive(until - time.monotonic()):
@@ -225,16 +227,18 @@ class Campaign:
         """Whether the item need not be done again."""
         if item.kind == "first_call":
             return self._first_calls(item)
-        return self._ask(item, self.merge)
+        finished = self._ask(item, self.merge)
+        if item.fresh:
+            self._drop()
+        return finished
 
     def _ask(
         self, item: Item, take: Callable[[dict[str, Any], Case | None], Any], environment: dict[str, str] | None = None
     ) -> bool:
         """Have a worker do it, as often as it takes until nobody in it crashes or hangs."""
         skip: dict[str, str] = {}
-        if item.fresh and self.worker is not None:
-            self.worker.stop()
-            self.worker = None
+        if item.fresh:
+            self._drop()
         for _ in range(12):
             at, why = ["", ""], ""
             try:
