@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,23 +44,34 @@ def _asked(*command: str) -> str | None:
         return None
 
 
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
 def device_info() -> dict[str, Any]:
     """Name and numbers of the current device; a CPU's are there for dry runs only."""
     on = current_device()
+    host = {"cpu": f"{cpu_name()}, {os.cpu_count()} cores", "machine": platform.machine()}
     if on.type == "cpu":
-        name = "CPU"
-        return {"name": name, "slug": "cpu", "type": on.type, "machine": platform.machine(), "multiprocessors": 1}
+        return {"name": "CPU", "slug": "cpu", "type": on.type, "multiprocessors": 1, **host}
     p = torch.cuda.get_device_properties(on)
     slug = "-".join("".join(c if c.isalnum() else " " for c in p.name.lower()).split())
     return {
         "name": p.name,
         "slug": slug,
         "type": on.type,
-        "machine": platform.machine(),
         "capability": 10 * p.major + p.minor,
         "multiprocessors": p.multi_processor_count,
         "memory_bytes": p.total_memory,
         "l2_bytes": l2_bytes(on),
+        **host,
         "driver": _asked("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "limits": _asked(
             "nvidia-smi", "--query-gpu=clocks.max.sm,clocks.max.memory,power.limit", "--format=csv,noheader"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import records
-from .cases import Case
+from .cases import MODES, Case
 from .problem import Model, Problem, product_precision
 from .providers import Provider, TimeUp, time_limit
 from .records import Result, Timing
@@ -189,13 +189,17 @@ def runner_of(problem: Problem, model: Model) -> Runner:
 
 
 def _times(
-    problem: Problem, runners: dict[str, Runner], rounds: int, seconds: float, tell: Tell
+    problem: Problem, runners: dict[str, Runner], rounds: int, seconds: float, modes: Collection[str], tell: Tell
 ) -> dict[str, dict[str, Timing]]:
-    """Rounds in which providers take turns, each on an input that nobody has just seen."""
+    """Rounds in which providers take turns, each on an input that nobody has just seen.
+
+    The first of several is not counted: it pays for what is used for the first time.
+    """
     taken: dict[str, dict[str, list[float]]] = {name: {} for name in runners}
     spent = dict.fromkeys(runners, 0.0)
     least, share = min(5, rounds), seconds / max(1, len(runners))
-    for round_ in range(rounds):
+    idle = -1 if rounds > 1 else 0
+    for round_ in range(idle, rounds):
         with torch.no_grad():
             problem.x.copy_(problem.sets[round_ % len(problem.sets)])
         for name, runner in runners.items():
@@ -204,18 +208,23 @@ def _times(
             if round_ < least:
                 tell(name, "time")
             started = time.perf_counter()
-            inference = sample([runner.infer], problem.device)[0]
-            forward, backward = sample([runner.forward, runner.backward], problem.device)
+            found = {}
+            if "inference" in modes:
+                found["inference"] = sample([runner.infer], problem.device)[0]
+            if any(mode != "inference" for mode in modes):
+                forward, backward = sample([runner.forward, runner.backward], problem.device)
+                found |= {"forward": forward, "backward": backward, "training": forward + backward}
+            if round_ < 0:
+                continue
             spent[name] += time.perf_counter() - started
-            found = {"inference": inference, "forward": forward, "backward": backward, "training": forward + backward}
             for mode, value in found.items():
                 taken[name].setdefault(mode, []).append(1e6 * value)
     return {
         name: {
             mode: Timing(percentiles(values), len(values), _how(runners[name], mode), samples_us=values)
-            for mode, values in modes.items()
+            for mode, values in by_mode.items()
         }
-        for name, modes in taken.items()
+        for name, by_mode in taken.items()
     }
 
 
@@ -256,6 +265,7 @@ def measure(
     seconds: float = 6.0,
     withheld: dict[str, str] | None = None,
     timed: bool = True,
+    modes: Collection[str] = MODES,
     limit_s: float | None = None,
     tell: Tell = lambda provider, what: None,
 ) -> list[Result]:
@@ -267,6 +277,7 @@ def measure(
         rounds: at most so many, at least 5; `seconds` bound what all providers together take of them.
         withheld: reasons, by provider's name, not to run it at all.
         timed: False: only check.
+        modes: which of `MODES` are timed; forward, backward and training come together.
         limit_s: seconds for each provider's first training step, instead of the provider's own limit.
         tell: is told which provider is at what.
 
@@ -297,8 +308,8 @@ def measure(
                     raise DeviceLost(name, error) from error
                 result.status, result.why = records.FAILED, f"{type(error).__name__}: {short(error)}"
         if runners:
-            for name, modes in _times(problem, runners, rounds, seconds, tell).items():
-                found[name].modes = modes
+            for name, by_mode in _times(problem, runners, rounds, seconds, modes, tell).items():
+                found[name].modes = by_mode
             for name, model in models.items():
                 tell(name, "wall")
                 _wall_times(problem, model, found[name], min(3, rounds))
@@ -313,5 +324,6 @@ def _wall_times(problem: Problem, model: Model, result: Result, rounds: int) -> 
         eager.forward()
         eager.backward()
 
-    result.modes["inference"].wall_us = 1e6 * wall_seconds(eager.infer, problem.device, rounds)
-    result.modes["training"].wall_us = 1e6 * wall_seconds(train, problem.device, rounds)
+    for mode, call in (("inference", eager.infer), ("training", train)):
+        if mode in result.modes:
+            result.modes[mode].wall_us = 1e6 * wall_seconds(call, problem.device, rounds)

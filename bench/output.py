@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .data import Task
+from .environment import cpu_name
 from .training import MODELS, Report, Run, Settings
 
 CPU_NOTE = "Steps/s were taken on a CPU, where BN-LSTM runs its eager reference path: not the library's performance."
@@ -42,15 +42,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass  # not Linux
-    return f"{name} (CPU, {torch.get_num_threads()} threads)"
+    return f"{cpu_name()} (CPU, {torch.get_num_threads()} threads)"
 
 
 class Bars:

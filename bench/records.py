@@ -4,7 +4,8 @@
     dry_run       true: toy sizes on a CPU, in the interpreter; figures mean nothing
     device        name, slug, capability, multiprocessors, memory_bytes, l2_bytes, driver
     versions      of python, torch, cuda, cudnn, triton, numpy, triton_bnlstm
-    runs          one per command: command, utc, seconds, source, load
+    runs          one per command: command, utc, seconds, source, load, and what may change from one to the next:
+                  driver, limits, cpu, python, numpy
     tests         passed, failed (a message by test), skipped, unfinished; source
     ceilings      figures of `ceilings.Ceilings`, and source
     cases         fields of `cases.Case` by key
@@ -169,7 +170,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise ValueError(f"{path}: not JSON ({error}); move it away to begin anew") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise ValueError(f"{path}: not a campaign's record of schema {SCHEMA}")
     return empty() | record
@@ -198,6 +199,22 @@ def write(path: Path, record: dict[str, Any]) -> None:
     beside = path.with_name(path.name + ".new")
     beside.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     os.replace(beside, path)
+
+
+# What makes figures of two runs comparable. Driver, limits and the rest are noted with each run.
+SAME_DEVICE = ("name", "type", "capability", "multiprocessors")
+SAME_VERSIONS = ("torch", "cuda", "hip", "cudnn", "triton")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What keeps a campaign from going on with an earlier record: "torch 2.10.0 → 2.11.0" and so on."""
+    pairs = [("device", name) for name in SAME_DEVICE] + [("versions", name) for name in SAME_VERSIONS]
+    found = [] if before["dry_run"] == now["dry_run"] else [f"dry run {before['dry_run']} → {now['dry_run']}"]
+    for part, name in pairs:
+        old, new = before[part].get(name), now[part].get(name)
+        if old != new:
+            found.append(f"{name} {old} → {new}")
+    return found
 
 
 def committed(results: Path = RESULTS) -> list[Path]:

@@ -6,7 +6,6 @@ clock, put forward by one sample after the other. Without a GPU each provider is
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -18,7 +17,7 @@ from bench import records
 from bench.cases import Case
 from bench.ceilings import Ceilings
 from bench.ceilings import measure as measure_ceilings
-from bench.environment import versions
+from bench.environment import cpu_name, versions
 from bench.floor import floor
 from bench.records import Result
 
@@ -61,7 +60,7 @@ def extra_info(case: Case, mode: str, result: Result) -> dict[str, Any]:
     info |= {"wall_us": timing.wall_us, "first_call_s": result.first_call_s, "layout": result.layout}
     info |= {"us_per_step": timing.us[0] / case.steps, "source": result.source}
     if not torch.cuda.is_available():
-        return info | {"device": f"{platform.processor() or platform.machine()} (CPU)"}
+        return info | {"device": f"{cpu_name()} (CPU)"}
     info["device"] = torch.cuda.get_device_name()
     least = floor(case, mode, ceilings(), torch.cuda.get_device_properties().multi_processor_count)
     if least is not None:

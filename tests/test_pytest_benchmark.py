@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 ROOT = Path(__file__).parents[1]
+# a process of its own is not one of pytest-xdist's, which are never timed
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
 
 
 def run(*options):
     command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
@@ -43,10 +46,14 @@ def test_timings_on_a_cpu_are_asked_for_and_say_what_they_are(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
 def test_without_a_gpu_nothing_is_timed_and_wrong_results_fail(tmp_path):
-    ran = run("-k", "B6-H8-T3-D4-float32-training-reference", f"--benchmark-json={tmp_path}/timings.json")
+    ran = run("-k", "B6-H8-T3-D4-float32-training-reference")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "1 passed" in ran.stdout
+    assert "checked at toy sizes, nothing is timed" in ran.stdout
     assert "Median" not in ran.stdout
+    ran = run("--benchmark-save=mine")
+    assert ran.returncode == 4
+    assert "--benchmark-save=mine: no GPU, so nothing is timed" in ran.stderr
     spoilt = tmp_path / "spoil.py"
     spoilt.write_text("from bench import measure\nmeasure.BOUNDS['float32'] = 1e-12\n")
     command = (
@@ -64,6 +71,7 @@ def test_without_a_gpu_nothing_is_timed_and_wrong_results_fail(tmp_path):
             "no:cacheprovider",
         ],
         cwd=ROOT,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )

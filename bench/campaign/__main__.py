@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
+import signal
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
-
-from .. import records
-from .runner import Campaign, NoDevice
 
 DESCRIPTION = """\
 Measure everything on this machine's GPU: run the tests that need one, measure the device's ceilings, and time this
@@ -53,34 +53,58 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def earlier(out: Path, dry_run: bool) -> list[dict[str, Any]]:
-    """Records to go on from: that in `out`, else those that are kept.
+def earlier(out: Path, dry_run: bool) -> list[tuple[Path, dict[str, Any]]]:
+    """Records to go on from, and their files: that in `out`, else those that are kept.
 
     Raises:
         ValueError: one cannot be read.
     """
+    from .. import records
+
     own = out / records.FILE
-    if own.exists():
-        return [records.read(own)]
-    return [] if dry_run else [records.read(path) for path in records.committed()]
+    paths = [own] if own.exists() else [] if dry_run else records.committed()
+    return [(path, records.read(path)) for path in paths]
+
+
+def shown(line: str) -> None:
+    """A line for the user, broken between words where a terminal is too narrow."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, width, subsequent_indent=" " * 18, break_on_hyphens=False, break_long_words=False)
+    print(line, flush=True)
+
+
+def _terminated(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a campaign. 0; 1 if a GPU test failed; 2 if there is no GPU or an earlier record cannot be read."""
+    """Run a campaign. 0; 1 if a GPU test failed; 2 if there is no GPU or an earlier record cannot be gone on with."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser().parse_args(argv)
+    import torch  # not at the top: --help need not wait for it
+
+    from .. import records
+    from .runner import Campaign, NoDevice
+
     # as anybody would give it again: where its files went is nobody's affair
     told = ["DIR" if word == str(arguments.out) else word for word in argv]
     command = shlex.join(["python", "-m", "bench.campaign", *told])
     own = arguments.out / records.FILE
-    if own.exists() and not arguments.resume:
-        print(f"bench.campaign: {own} is there already: --resume goes on from it", file=sys.stderr)
-        return 2
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminated)
     try:
+        if own.exists() and not arguments.resume:
+            raise ValueError(f"{own} is there already: --resume goes on from it")
         found = earlier(arguments.out, arguments.dry_run) if arguments.resume else []
-        campaign = Campaign(arguments.out, arguments.minutes, found, arguments.dry_run, command, print)
+        if not arguments.dry_run and not torch.cuda.is_available():
+            raise NoDevice("no GPU: torch.cuda.is_available() is False; --dry-run walks through the plan without one")
+        campaign = Campaign(arguments.out, arguments.minutes, found, arguments.dry_run, command, shown)
         status = campaign.run()
-    except (ValueError, NoDevice, OSError) as error:
+    except OSError as error:
+        print(f"bench.campaign: --out {arguments.out}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except (ValueError, NoDevice) as error:
         print(f"bench.campaign: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -119,6 +119,7 @@ class Pool:
         self.alone: list[str] = []
         self.running: set[subprocess.Popen[str]] = set()
         self.total = 0
+        self.seen: set[str] = set()
 
     def run(self, tests: list[str]) -> Outcome:
         """All of these tests, or as many as there is time for."""
@@ -193,8 +194,11 @@ class Pool:
         verdicts, messages, again = read(output, chunk, how)
         for test in chunk:
             verdict, message = verdicts.get(test), messages.get(test, "")
+            lacking = verdict in ("FAILED", "ERROR") and any(word in message for word in _NO_MEMORY) and not alone
+            if verdict is not None and not lacking:
+                self.seen.add(test)
             if verdict in ("FAILED", "ERROR"):
-                if any(word in message for word in _NO_MEMORY) and not alone:
+                if lacking:
                     self.alone.append(test)
                 else:
                     self.outcome.failed[test] = message[:300]
@@ -205,8 +209,8 @@ class Pool:
         if again:
             self.again.append(again)
         found = self.outcome
-        done_ = found.passed + found.skipped + len(found.failed)
-        self.say(f"GPU tests: {done_} of {self.total}, {len(found.failed)} failed")
+        counts = f"{found.passed} passed, {found.skipped} skipped, {len(found.failed)} failed"
+        self.say(f"GPU tests: {len(self.seen)} of {self.total}: {counts}")
 
 
 def withheld(failed: dict[str, str]) -> dict[str, dict[str, str]]:

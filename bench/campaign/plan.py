@@ -33,6 +33,12 @@ class Item:
         parts = [self.kind, *([self.case.key] if self.case else []), *([",".join(self.options.get("providers", []))])]
         return " ".join(part for part in parts if part)
 
+    @property
+    def title(self) -> str:
+        """The same for people: providers only where they are not the usual ones."""
+        usual = self.options.get("providers") == list(USUAL)
+        return f"{self.kind} {self.case.key}" if usual and self.case else self.key
+
     def as_json(self) -> dict[str, Any]:
         """What a worker is sent."""
         return {"kind": self.kind, "case": self.case.as_json() if self.case else None, **self.options}

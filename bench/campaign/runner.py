@@ -37,7 +37,7 @@ class Campaign:
     Attributes:
         out: where record and log go.
         minutes: to be done in.
-        resume: records of earlier campaigns, to go on from the one of this device.
+        resume: files and records of earlier campaigns, to go on from the first one of this device.
         dry_run: toy sizes on a CPU.
         command: as it was given.
         show: takes lines for the user.
@@ -45,7 +45,7 @@ class Campaign:
 
     out: Path
     minutes: float
-    resume: list[dict[str, Any]]
+    resume: list[tuple[Path, dict[str, Any]]]
     dry_run: bool
     command: str
     show: Callable[[str], None]
@@ -80,7 +80,13 @@ class Campaign:
     # The whole
 
     def run(self) -> int:
-        """Do what can be done in the time. 0, or 1 if a GPU test failed."""
+        """Do what can be done in the time. 0, or 1 if a GPU test failed.
+
+        Raises:
+            NoDevice: there is no GPU, or it does not answer.
+            ValueError: the record in `out` is of another machine; it stays as it is.
+            OSError: nothing can be written to `out`.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             self.log: IO[str] = stack.enter_context((self.out / "campaign.log").open("a", encoding="utf-8"))
@@ -98,12 +104,13 @@ class Campaign:
             for number, item in enumerate(waiting, len(todo) - len(waiting) + 1):
                 if self.left < item.estimate_s:
                     continue  # a shorter one may fit
-                self.say(f"{number} of {len(todo)}: {item.key}")
+                self.say(f"{number} of {len(todo)}: {item.title}")
                 if self._do(item):
                     self.record["done"].append({"item": item.key, "source": self.source})
                 self.write()
             undone = len(todo) - sum(entry["source"] == self.source for entry in self.record["done"])
-            self.say(f"{undone} of {len(todo)} items are left" if undone else "all items are done")
+            again = "the same command with --resume goes on"
+            self.say(f"{undone} of {len(todo)} items are left: {again}" if undone else "all items are done")
             return int(bool(self.record["tests"].get("failed")))
 
     def _end(self) -> None:
@@ -131,19 +138,25 @@ class Campaign:
 
     def _take_up(self) -> None:
         """What an earlier campaign left, if it was on the same device and with the same versions."""
-        same = [
-            before
-            for before in self.resume
-            if all(before[key] == self.record[key] for key in ("device", "versions", "dry_run"))
-        ]
-        for before in same[:1]:
-            self.record |= before
-            self.record["done"] = [entry for entry in before["done"] if entry["source"] == self.source]
-        if self.resume and not same:
-            self.say("the earlier record is of another device or other versions: beginning anew")
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = {key: self.record[key] for key in ("device", "versions", "dry_run")}
+        for path, before in self.resume:
+            differing = records.differences(before, now)
+            if not differing:
+                self.say(f"going on with {path}")
+                self.record |= before | now
+                self.record["done"] = [entry for entry in before["done"] if entry["source"] == self.source]
+                break
+            if path.parent.resolve() == self.out.resolve():
+                raise ValueError(
+                    f"{path} is of another machine ({', '.join(differing)}): move it away, or give another --out"
+                )
+            if before["device"].get("name") == now["device"]["name"]:
+                self.say(f"not going on with {path}: {', '.join(differing)}")
+        utc = datetime.now(timezone.utc).isoformat(timespec="seconds")
         load = [round(value, 1) for value in os.getloadavg()]
-        run = {"command": self.command, "utc": now, "seconds": 0.0, "source": self.source, "load": load}
+        run = {"command": self.command, "utc": utc, "seconds": 0.0, "source": self.source, "load": load}
+        run |= {name: now["device"][name] for name in ("driver", "limits", "cpu") if name in now["device"]}
+        run |= {name: now["versions"][name] for name in ("python", "numpy") if name in now["versions"]}
         self.record["runs"] = [*self.record["runs"], run]
 
     # Many processes at once: nothing here is timed
@@ -169,18 +182,23 @@ class Campaign:
             return
         self.say(f"GPU tests: {len(tests)}, {self._processes} processes at a time")
         pool = gpu_tests.Pool(self.say, self.out / "campaign.log", self._processes, deadline)
-        found = pool.run(tests)
-        earlier: dict[str, Any] = before if again else {"passed": 0, "skipped": 0, "failed": {}}
-        self.record["tests"] = {
-            "passed": earlier["passed"] + found.passed,
-            "skipped": earlier["skipped"] + found.skipped,
-            "failed": earlier["failed"] | found.failed,
-            "unfinished": found.unfinished,
-            "source": self.source,
-        }
-        for test, message in found.failed.items():
-            self.say(f"  failed: {test}: {message}")
-        self.write()
+        try:
+            pool.run(tests)
+        finally:  # what an interrupted run has found counts too
+            found = pool.outcome
+            earlier: dict[str, Any] = before if again else {"passed": 0, "skipped": 0, "failed": {}}
+            self.record["tests"] = {
+                "passed": earlier["passed"] + found.passed,
+                "skipped": earlier["skipped"] + found.skipped,
+                "failed": earlier["failed"] | found.failed,
+                "unfinished": [test for test in tests if test not in pool.seen],
+                "source": self.source,
+            }
+            for test, message in found.failed.items():
+                self.say(f"  failed: {test}: {message}")
+            if found.skipped and not found.passed and not found.failed:
+                self.say("  no test ran: all were skipped")
+            self.write()
 
     def _warm(self, waiting: list[Item]) -> None:
         """Compile what will be timed, in many processes; what goes wrong here will show where it is timed."""
@@ -322,11 +340,10 @@ class Campaign:
         for result in map(records.Result.of_json, found.get("results", [])):
             training = result.modes.get("training")
             steps = self.record["cases"][result.case]["steps"]
-            parts.append(f"{result.provider} {training.us[0] / steps:.2f}" if training else _short(result))
+            if training:
+                parts.append(f"{result.provider} {training.us[0] / steps:.2f}")
+            elif result.status != records.CANNOT:  # the report says who has no such thing
+                parts.append(f"{result.provider} {result.status}: {result.why[:80]}")
         if parts:
             what = "dry run, no measurement" if self.dry_run else "training, µs a step"
-            self.say(f"  {what}: " + "; ".join(parts))
-
-
-def _short(result: records.Result) -> str:
-    return f"{result.provider} {result.status}" + (f" ({result.why[:60]})" if result.status != records.CANNOT else "")
+            self.say(f"  {what}: " + " | ".join(parts))
