@@ -22,6 +22,8 @@ chain     Steps, one behind the other. A step that follows another costs at leas
           Batch norm needs all rows of a column in one program; at test time its statistics are constants, so there
           a program may also own a part of the rows, whose recurrence then is nobody else's affair.
 
+It is the batch-normalised LSTM's: a plain LSTM may divide its batch among programs that never meet, and go below.
+
 Every transition between steps counts once, so T steps have T − 1; the first step's state is given. Layers above each
 other could follow as a wavefront, one transition later each; but a layer on top of two directions needs both to the
 end, so there whole chains are added up. Directions run side by side and cost the chain nothing. Sequences of different
@@ -45,6 +47,8 @@ from .ceilings import Ceilings
 # Bytes of one multiprocessor that can hold weights, at the very most: 256 KB of registers, 256 KB of shared memory and
 # first-level cache, and on B200 256 KB of tensor memory.
 MOST_ON_CHIP = 768 * 1024
+# Columns of the narrowest matrix instruction: a product with fewer rows of the batch takes as long.
+NARROWEST = 8
 # Divisions of the backward's product that are looked at: parts of its inner extent, and of its rows.
 _SPLITS = (1, 2, 4, 8, 16, 32)
 _GROUPS = (1, 2, 4, 8, 16)
@@ -87,6 +91,7 @@ class _Rates:
     launch: float
     flops: float
     multiprocessors: int
+    least_rows: int = 1  # of a product
 
 
 def floor(case: Case, mode: str, ceilings: Ceilings, multiprocessors: int) -> Floor | None:
@@ -113,7 +118,8 @@ def floor(case: Case, mode: str, ceilings: Ceilings, multiprocessors: int) -> Fl
     flops = ceilings.flops.get(case.precision)
     if copy is None or l2 is None or barrier is None or launch is None or flops is None:
         return None
-    rates = _Rates(l2, barrier, launch, flops / multiprocessors, multiprocessors)
+    least_rows = 1 if case.precision == "float32" else NARROWEST
+    rates = _Rates(l2, barrier, launch, flops / multiprocessors, multiprocessors, least_rows)
 
     def of(one: str) -> Floor:
         return Floor(_bytes(case, one) / copy, _flops(case, one) / flops, _chain_seconds(case, one, rates))
@@ -182,7 +188,7 @@ def _forward_designs(hidden: int, rows: int, size: int, rates: _Rates, *, split_
         weights = 4 * units * hidden * size
         excess = max(0, weights - MOST_ON_CHIP)
         for tile, tiles in _divisions(rows, rates.multiprocessors // ways) if split_rows else [(rows, 1)]:
-            multiplied = 8 * units * hidden * tile / rates.flops
+            multiplied = 8 * units * hidden * max(tile, rates.least_rows) / rates.flops
             if ways == 1:
                 yield max(tiles * excess / rates.l2, multiplied)
                 continue

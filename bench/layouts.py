@@ -6,7 +6,7 @@ Nothing is stored for the library to use; the record tells which default to doub
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -16,10 +16,11 @@ from triton_bnlstm.kernels.config import BackwardConfig, Config
 
 from . import records
 from .cases import Case
-from .measure import DeviceLost, Runner, Tell, check, is_lost, runner_of, short, why_wrong
+from .checking import check, why_wrong
+from .measure import CannotCapture, DeviceLost, Runner, is_lost, runner_of, short
 from .problem import Problem, product_precision
 from .providers import Layouts, default_layouts, kernels
-from .timing import percentiles, sample
+from .timing import CaptureFailed, Tell, percentiles, sample
 from .unavailable import Unavailable
 
 # Divisions of the backward's product, (splits, groups), worth trying beside the one that the model prefers.
@@ -67,7 +68,7 @@ def tune(
     rounds: int = 15,
     seconds: float = 60.0,
     most: int = 100,
-    skip: Iterable[str] = (),
+    skip: dict[str, str] | None = None,
     tell: Tell = lambda provider, what: None,
 ) -> list[dict[str, Any]]:
     """Times of the default layout and its neighbours, forward and backward in training; the right ones only.
@@ -77,21 +78,28 @@ def tune(
         rounds: interleaved, of which the medians count.
         seconds: for compiling and checking neighbours; those that are left then are not tried.
         most: at most so many neighbours each way.
-        skip: names, as `tell` is told them, of those not to try.
+        skip: reasons, by the names that `tell` is told, not to try them.
         tell: is told what is tried.
 
     Raises:
-        DeviceLost: the device cannot be used any more in this process.
+        DeviceLost, CannotCapture: the process cannot go on; do it again in a new one, with `provider` in `skip`.
     """
     with product_precision(case):
         problem = Problem(case, device)
         default = _default(problem)
         ways = ("forward", "backward")
-        return [_tune(problem, default, way, rounds, seconds / 2, most, set(skip), tell) for way in ways]
+        return [_tune(problem, default, way, rounds, seconds / 2, most, skip or {}, tell) for way in ways]
 
 
 def _tune(
-    problem: Problem, default: Layouts, way: str, rounds: int, seconds: float, most: int, skip: set[str], tell: Tell
+    problem: Problem,
+    default: Layouts,
+    way: str,
+    rounds: int,
+    seconds: float,
+    most: int,
+    skip: dict[str, str],
+    tell: Tell,
 ) -> dict[str, Any]:
     began = time.perf_counter()
     standing: Config = getattr(default, way)
@@ -103,17 +111,19 @@ def _tune(
             break
         name = difference(layout, standing)
         if f"{way}, {name}" in skip:
-            failed[name] = "it ended the process that tried it"
+            failed[name] = skip[f"{way}, {name}"]
             continue
         tell(f"{way}, {name}", "prepare")
         try:
             model = kernels(problem, Layouts(**{**default._asdict(), way: layout}))
             errors, _ = check(problem, model)
-            why = why_wrong(problem.case, errors)
+            why = why_wrong(problem, errors)
             if why:
                 failed[name] = why
             else:
                 runners[layout] = runner_of(problem, model)
+        except CaptureFailed as error:
+            raise CannotCapture(f"{way}, {name}", error) from error
         except Exception as error:
             if is_lost(problem.device):
                 raise DeviceLost(f"{way}, {name}", error) from error

@@ -40,6 +40,7 @@ class Model:
         expected: what it should give, found when it is first asked for.
         graphed: its device time is that of a CUDA graph's replays; else between events around the call.
         graphed_inference: in evaluation too.
+        replayed: it is meant to be replayed from a graph, and is nothing without.
         layout: of kernels, where it has one.
     """
 
@@ -48,6 +49,7 @@ class Model:
     expected: Callable[[], Expected]
     graphed: bool = True
     graphed_inference: bool = True
+    replayed: bool = False
     layout: dict[str, Any] | None = None
 
 
@@ -73,6 +75,7 @@ class Problem:
         layer: BNLSTM with the weights, in the case's dtype, and a population from one batch; to be copied, not run.
         x: [T, B, D], with a gradient unless it is one column (pixels, which nobody differentiates).
         sets: further inputs, copied into x by turns. pull: gradient of the output.
+        bounds: of errors, by what is compared, once `checking` has found them.
     """
 
     case: Case
@@ -82,6 +85,7 @@ class Problem:
     x: Tensor = field(init=False)
     sets: list[Tensor] = field(init=False)
     pull: Tensor = field(init=False)
+    bounds: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         case = self.case
@@ -111,11 +115,37 @@ class Problem:
             setattr(layer, name, value)
         return layer
 
-    def call_layer(self, layer: BNLSTM, x: Tensor, training: bool) -> Tensor:
-        """A BNLSTM on an input, in training or evaluation."""
+    def layers(self, **options: Any) -> tuple[BNLSTM, BNLSTM]:
+        """A copy for training and one for evaluation.
+
+        One that goes to and fro between them would resolve its population anew each time, which no user's does.
+        """
+        train, evaluate = self.copy_of_layer(**options), self.copy_of_layer(**options)
+        train.train()
+        evaluate.eval()
+        return train, evaluate
+
+    def call_layer(self, layer: BNLSTM, x: Tensor, training: bool, *, on_device: bool = False) -> Tensor:
+        """A BNLSTM on an input, in training or evaluation; on_device: lengths are given as a tensor there."""
         if layer.training != training:
             layer.train(training)
-        return layer(x, lengths=self.case.lengths_of_batch())[0]
+        return layer(x, lengths=self.device_lengths if on_device else self.case.lengths_of_batch())[0]
+
+    @cached_property
+    def device_lengths(self) -> Tensor | None:
+        """Steps of each sequence, on the device."""
+        lengths = self.case.lengths_of_batch()
+        return None if lengths is None else torch.tensor(lengths, device=self.device)
+
+    def reference_model(self) -> Model:
+        """BNLSTM on the reference path, eagerly."""
+        train, evaluate = self.layers(backend="reference")
+
+        def call(x: Tensor, training: bool) -> Tensor:
+            return self.call_layer(train if training else evaluate, x, training)
+
+        leaves: dict[str, Tensor] = dict(train.named_parameters())
+        return Model(call, leaves, lambda: self.batch_normalised, graphed=False)
 
     @property
     def capturable(self) -> bool:

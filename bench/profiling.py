@@ -11,9 +11,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -138,23 +138,20 @@ def training_step(case: Case, device: torch.device) -> Callable[[], Any]:
     return step
 
 
-def measure(case: Case, device: torch.device, *, limit_s: float = 240.0) -> dict[str, Any]:
+def measure(case: Case, device: torch.device) -> dict[str, Any]:
     """Profile of a training step on the kernels.
 
     Args:
         case, device: what and where; on a CPU Triton's interpreter has to run the kernels.
-        limit_s: seconds for `ncu`.
 
     Returns:
-        case (its key), kernels (see `kernels_of`), counters (see `counters`).
+        case (its key), kernels (see `kernels_of`).
 
     Raises:
         KernelError: the kernels cannot run here.
     """
     with product_precision(case):
-        kernels = kernels_of(training_step(case, device), device)
-    counted = counters(case, limit_s) if device.type == "cuda" else {"why": "no GPU"}
-    return {"case": case.key, "kernels": kernels, "counters": counted}
+        return {"case": case.key, "kernels": kernels_of(training_step(case, device), device)}
 
 
 def parse(text: str) -> dict[str, dict[str, float]]:
@@ -207,19 +204,19 @@ def _metrics(numbers: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def _command(program: str, case: Case) -> list[str]:
+def _command(program: str, case: Case, limit_s: float) -> list[str]:
     shown = ["--csv", "--page", "raw", "--print-units", "base"]
     # Clocks stay what they are. A kernel is run again for each group of counters, which suits cooperative launches:
     # what it has written is put back before, the barrier's counter too.
     counted = ["--clock-control", "none", "--profile-from-start", "off", "--kernel-name-base", "function"]
     counted += ["--kernel-name", f"regex:^({'|'.join(KERNELS)})$"]
     sections = [word for section in _SECTIONS for word in ("--section", section)]
-    worker = [sys.executable, "-m", "bench.profiling", "--case", json.dumps(case.as_json())]
+    worker = [sys.executable, "-m", "bench.profiling", "--case", json.dumps(case.as_json()), "--limit", str(limit_s)]
     return [program, *shown, *counted, *sections, *worker]
 
 
 def _output(command: list[str], limit_s: float) -> tuple[int, str]:
-    """Exit status and all that was printed; whatever the command has started ends with it.
+    """Exit status and all that was printed. In the caller's own group of processes, so that it ends with the caller.
 
     Raises:
         subprocess.TimeoutExpired: it took too long.
@@ -231,13 +228,12 @@ def _output(command: list[str], limit_s: float) -> tuple[int, str]:
         text=True,
         errors="replace",
         cwd=Path(__file__).parents[1],
-        start_new_session=True,
     )
     with process:
         try:
             text, _ = process.communicate(timeout=limit_s)
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # it is still there, or its exit has not been asked for
+            process.kill()  # what it profiles ends itself
             raise
     return process.returncode, text
 
@@ -258,7 +254,7 @@ def counters(case: Case, limit_s: float = 240.0) -> dict[str, Any]:
     if program is None:
         return {"why": "there is no program ncu"}
     try:
-        command = _command(program, replace(case, steps=min(case.steps, COUNTED_STEPS)))
+        command = _command(program, replace(case, steps=min(case.steps, COUNTED_STEPS)), limit_s)
         status, text = _output(command, limit_s)
         try:
             found = parse(text)
@@ -283,7 +279,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.profiling", description=__doc__)
     parser.add_argument("--case", type=json.loads, required=True, help="fields of a case, in JSON")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--limit", type=float, default=0.0, help="seconds after which it ends itself; 0: never")
     arguments = parser.parse_args(argv)
+    if arguments.limit:
+        # no child of who started ncu: it has to see to its own end, or it would go on holding the GPU
+        timer = threading.Timer(arguments.limit, os._exit, [1])
+        timer.daemon = True
+        timer.start()
     case, device = Case(**arguments.case), torch.device(arguments.device)
     with product_precision(case):
         step = training_step(case, device)

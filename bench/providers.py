@@ -18,12 +18,14 @@ from triton_bnlstm.backend import why_no_kernels
 from triton_bnlstm.kernels.config import BackwardConfig, Config
 
 from . import peers
+from .cases import Case
 from .loops import BatchNormLoop, StepLoop
 from .problem import Expected, Model, Problem
 from .unavailable import Unavailable
 
 # Seconds that torch.compile gets for a loop over all steps, forward and backward together.
 LOOP_LIMIT_S = 60.0
+DEVICE_LENGTHS = "sequence, device lengths"
 # For packages that compile their kernels when they are first used.
 PEER_LIMIT_S = 120.0
 
@@ -110,37 +112,40 @@ def default_layouts(problem: Problem, *, sequence: bool) -> Layouts:
     return layouts
 
 
-def kernels(problem: Problem, layouts: Layouts, save: str = "preactivations") -> Model:
+def kernels(problem: Problem, layouts: Layouts, save: str = "preactivations", *, device_lengths: bool = False) -> Model:
     """BNLSTM on the kernels, laid out like this."""
     from triton_bnlstm.kernels.config import use_config
 
-    layer = problem.copy_of_layer(backend="triton", save=save)
+    layer, evaluated = problem.layers(backend="triton", save=save)
+    capturable = problem.capturable or device_lengths
 
     def call(x: Tensor, train: bool) -> Tensor:
         with use_config(layouts.forward if train else layouts.inference, backward=layouts.backward):
-            return problem.call_layer(layer, x, train)
+            return problem.call_layer(layer if train else evaluated, x, train, on_device=device_lengths)
 
     told = {what: asdict(layout) for what, layout in layouts._asdict().items()}
     return Model(
         call,
         _named_parameters(layer),
         lambda: problem.batch_normalised,
-        graphed=problem.capturable,
+        graphed=capturable,
         # In a graph the layer resolves its population again at each replay; called as it is, it keeps the result, and
         # in sequence mode its few launches are enqueued while the device is still busy.
-        graphed_inference=problem.capturable and not layouts.inference.sequence,
+        graphed_inference=capturable and not layouts.inference.sequence,
         layout=told,
     )
 
 
-def ours(problem: Problem, *, sequence: bool, save: str = "preactivations") -> Model:
+def ours(problem: Problem, *, sequence: bool, save: str = "preactivations", device_lengths: bool = False) -> Model:
     """The kernels, or why there are none here."""
     why = why_no_kernels(problem.device, problem.case.dtype)
     if why is not None:
         raise Unavailable(why)
     if problem.case.precision == "tf32" and not _has_tf32(problem.device):
         raise Unavailable("no TF32 on this device")
-    return kernels(problem, default_layouts(problem, sequence=sequence), save)
+    if device_lengths and problem.case.lengths == "equal":
+        raise Unavailable("all lengths are equal")
+    return kernels(problem, default_layouts(problem, sequence=sequence), save, device_lengths=device_lengths)
 
 
 def _has_tf32(device: torch.device) -> bool:
@@ -149,9 +154,7 @@ def _has_tf32(device: torch.device) -> bool:
 
 def reference(problem: Problem) -> Model:
     """BNLSTM on the reference path, eagerly."""
-    layer = problem.copy_of_layer(backend="reference")
-    call = partial(problem.call_layer, layer)
-    return Model(call, _named_parameters(layer), lambda: problem.batch_normalised, graphed=False)
+    return problem.reference_model()
 
 
 def _equal_lengths_only(problem: Problem) -> None:
@@ -179,7 +182,7 @@ def compiled_step(problem: Problem) -> Model:
     torch.compiler.reset()  # shapes of earlier cases count towards a limit beyond which nothing is compiled
     layer = problem.copy_of_layer()
     loop = StepLoop(layer, _compiler(problem.device))
-    return Model(loop, _named_parameters(layer), lambda: problem.batch_normalised)
+    return Model(loop, _named_parameters(layer), lambda: problem.batch_normalised, replayed=True)
 
 
 def compiled_loop(problem: Problem) -> Model:
@@ -230,6 +233,12 @@ PROVIDERS = {
             ours=True,
             note='save="recompute": less memory kept for the backward',
         ),
+        Provider(
+            DEVICE_LENGTHS,
+            partial(ours, sequence=True, device_lengths=True),
+            ours=True,
+            note="lengths are a tensor on the device: nothing waits for the host, and padding costs products",
+        ),
         Provider("compiled step", compiled_step, note="torch.compile of one step, replayed from a CUDA graph"),
         Provider("compiled loop", compiled_loop, limit_s=LOOP_LIMIT_S, note="torch.compile of the loop over all steps"),
         Provider("reference", reference, note="this library's reference path, eager"),
@@ -239,5 +248,10 @@ PROVIDERS = {
         Provider("Haste", partial(peer, peers.haste), note="layer norm", limit_s=PEER_LIMIT_S),
     )
 }
-# What a case is measured with unless something else is asked for: compiling a loop takes minutes.
-USUAL = tuple(name for name in PROVIDERS if name != "compiled loop")
+# Compiling a loop takes minutes.
+USUAL = tuple(name for name in PROVIDERS if name not in ("compiled loop", DEVICE_LENGTHS))
+
+
+def usual(case: Case) -> list[str]:
+    """Who a case is measured with unless somebody else is asked for."""
+    return [*USUAL, DEVICE_LENGTHS] if case.lengths != "equal" else [*USUAL]

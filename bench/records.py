@@ -15,9 +15,10 @@
     kernels       device time of each kernel of a training step, as the profiler saw it; one per case
     first_calls   seconds of the first training step in a new process: one per case and provider
     troubles      items of the plan that failed as a whole, and why
-    done          items of the plan that need not be run again for this source
+    done          items of the plan that need not be run again for this source; not ok: only for this code
 
-"source" is a fingerprint of the library's files, so that a figure of other kernels is never taken for one of these.
+"source" is a fingerprint of the library's files, so that a figure of other kernels is never taken for one of these;
+"code" one of benchmarks and tests too, so that what failed is tried again once any of them has changed.
 """
 
 from __future__ import annotations
@@ -127,6 +128,15 @@ def source() -> str:
     return found.hexdigest()[:12]
 
 
+def code() -> str:
+    """Fingerprint of all that decides what a campaign finds: library, benchmarks and tests."""
+    found = hashlib.sha256(source().encode())
+    root = Path(__file__).parents[1]
+    for path in sorted(p for folder in ("bench", "tests") for p in (root / folder).rglob("*.py")):
+        found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
 def empty() -> dict[str, Any]:
     """A record of nothing yet."""
     record: dict[str, Any] = {"schema": SCHEMA, "dry_run": False, "device": {}, "versions": {}, "tests": {}}
@@ -151,7 +161,10 @@ def add_floors(record: dict[str, Any]) -> None:
         for mode, timing in fields.get("modes", {}).items():
             key = fields["case"], mode
             if key not in least:
-                found = floor(Case(**record["cases"][key[0]]), mode, ceilings, record["device"]["multiprocessors"])
+                try:
+                    found = floor(Case(**record["cases"][key[0]]), mode, ceilings, record["device"]["multiprocessors"])
+                except ArithmeticError:  # a ceiling that was measured as nothing
+                    found = None
                 least[key] = None if found is None else 1e6 * found.total_seconds
             timing["floor_us"] = least[key]
 

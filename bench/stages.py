@@ -34,7 +34,7 @@ from triton_bnlstm.kernels.config import BackwardConfig, Config, default_config,
 from . import stage_kernels as stand_ins
 from .cases import Case
 from .problem import Problem, product_precision
-from .timing import captured, sample, synchronize
+from .timing import CaptureFailed, Tell, captured, sample, synchronize
 
 WAYS = ("forward", "backward")
 
@@ -268,6 +268,8 @@ def _ready(
     """
     try:
         return _Timed(problem, way, stage, layout, graphed=graphed)
+    except CaptureFailed:
+        raise  # the process cannot go on
     except Exception as error:
         if isinstance(error, MemoryError) or any(word in str(error) for word in launch._FATAL):
             raise
@@ -276,28 +278,35 @@ def _ready(
         return None
 
 
-def _whole(problem: Problem, way: str, failed: dict[str, str]) -> tuple[_Timed, bool] | None:
+def _whole(problem: Problem, way: str, failed: dict[str, str], graphed: bool) -> tuple[_Timed, bool] | None:
     """The whole kernel in the first layout that runs, from a graph if it can be captured, and whether it is."""
-    # lengths are copied to the device in each call, which a capture does not allow
-    capturable = problem.device.type == "cuda" and problem.case.lengths == "equal"
+    capturable = graphed and problem.device.type == "cuda" and problem.capturable
     for layout in layouts(problem, way):
         mode = "sequence mode" if layout.sequence else "step mode"
-        for graphed in (True, False) if capturable else (False,):
-            timed = _ready(problem, way, None, layout, graphed, failed, f"whole, {mode}{', graph' if graphed else ''}")
-            if timed is not None:
-                return timed, graphed
+        timed = _ready(
+            problem, way, None, layout, capturable, failed, f"whole, {mode}{', graph' if capturable else ''}"
+        )
+        if timed is not None:
+            return timed, capturable
     return None
 
 
-def _measure_way(problem: Problem, key: str, way: str, rounds: int) -> dict[str, Any]:
+def _measure_way(
+    problem: Problem, key: str, way: str, rounds: int, graphed: bool, skip: dict[str, str], tell: Tell
+) -> dict[str, Any]:
     failed: dict[str, str] = {}
     found: dict[str, Any] = {"case": key, "way": way, "whole_us": None, "without_us": {}, "failed": failed}
-    whole = _whole(problem, way, failed)
+    tell(f"{way}, whole", "prepare")
+    whole = _whole(problem, way, failed, graphed)
     if whole is None:
         return found
     timed, graphed = {"": whole[0]}, whole[1]
     layout = whole[0].layout
     for stage in stages_of(way, layout):
+        if f"{way}, {stage}" in skip:
+            failed[stage] = skip[f"{way}, {stage}"]
+            continue
+        tell(f"{way}, {stage}", "prepare")
         without = _ready(problem, way, stage, layout, graphed, failed, stage)
         if without is not None:
             timed[stage] = without
@@ -311,7 +320,15 @@ def _measure_way(problem: Problem, key: str, way: str, rounds: int) -> dict[str,
     return found
 
 
-def measure(case: Case, device: torch.device, *, rounds: int = 15) -> list[dict[str, Any]]:
+def measure(
+    case: Case,
+    device: torch.device,
+    *,
+    rounds: int = 15,
+    graphed: bool = True,
+    skip: dict[str, str] | None = None,
+    tell: Tell = lambda stage, what: None,
+) -> list[dict[str, Any]]:
     """Times of a layer's forward and of its backward, whole and without each stage of the recurrent kernel.
 
     One layer and one direction of the case, in training, in rounds in which all take turns. Times are those of all that
@@ -320,6 +337,9 @@ def measure(case: Case, device: torch.device, *, rounds: int = 15) -> list[dict[
     Args:
         case, device: what and where; on a CPU Triton's interpreter has to run the kernels, and times mean nothing.
         rounds: how often each is timed; on a CPU once.
+        skip: reasons, by the names that `tell` is told, not to try them.
+        graphed: whether calls are captured in graphs where they can be.
+        tell: is told what is at work.
 
     Returns:
         For each way a record: case (its key), way, whole_us (median of a call, microseconds; None if it cannot run),
@@ -327,10 +347,11 @@ def measure(case: Case, device: torch.device, *, rounds: int = 15) -> list[dict[
         and how ("graph", "events" or "cpu").
 
     Raises:
+        CaptureFailed: calls cannot be captured; measure again without graphs, in a new process.
         Exception: the device cannot be used any more, or its memory does not suffice.
     """
     single = replace(case, layers=1, bidirectional=False)
     rounds = rounds if device.type == "cuda" else 1
     with product_precision(single):
         problem = Problem(single, device)
-        return [_measure_way(problem, case.key, way, rounds) for way in WAYS]
+        return [_measure_way(problem, case.key, way, rounds, graphed, skip or {}, tell) for way in WAYS]

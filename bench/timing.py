@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+# Is told who is at what, by those that may crash or hang.
+Tell = Callable[[str, str], None]
+
 # Milliseconds for which the device is kept busy while the host enqueues what is timed, so that the latency of a launch
 # is not part of it. An eager loop takes longer than this to enqueue, and so shows what its launches cost.
 BUSY_MS = 1.0
@@ -97,6 +100,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class CaptureFailed(RuntimeError):
+    """Calls could not be captured in a CUDA graph. Later captures of this process may fail for that alone."""
+
+
 def captured(
     call: Callable[[], Any], pool: Any = None, warm: Callable[[], Any] | None = None
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -108,7 +115,7 @@ def captured(
         warm: called twice before, on a stream of its own; None: the call has been warmed up.
 
     Raises:
-        RuntimeError: it cannot be captured.
+        CaptureFailed: it cannot be captured.
     """
     if warm is not None:
         stream = torch.cuda.Stream()
@@ -119,6 +126,9 @@ def captured(
         torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        result = call()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            result = call()
+    except Exception as error:
+        raise CaptureFailed(f"{type(error).__name__}: {error}") from error
     return graph, result

@@ -289,9 +289,12 @@ def test_rows_are_nobody_elses_affair_at_test_time():
     """One program has its rows' whole recurrence where its weights fit."""
     case = Case(128, 128, 11, 128)
     ceilings = replace(FREE, barrier_seconds=1.0, launch_seconds=1.0, flops={"bfloat16": 132e6})
-    alone = 8 * 128 * 128 / 1e6  # one row in each of 128 programs
-    assert least(case, "inference", ceilings).chain_seconds == pytest.approx(10 * alone)
+    alone = 8 * 128 * 128 / 1e6  # of one row, in each of 128 programs; a matrix instruction takes eight at least
+    assert least(case, "inference", ceilings).chain_seconds == pytest.approx(10 * 8 * alone)
     assert least(case, "forward", ceilings).chain_seconds == pytest.approx(10 * (1 + alone))
+    single = replace(case, precision="float32")
+    ceilings = replace(ceilings, flops={"float32": 132e6})
+    assert least(single, "inference", ceilings).chain_seconds == pytest.approx(10 * alone)
 
 
 def test_layers_and_directions():

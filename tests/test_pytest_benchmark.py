@@ -51,11 +51,13 @@ def test_without_a_gpu_nothing_is_timed_and_wrong_results_fail(tmp_path):
     assert "1 passed" in ran.stdout
     assert "checked at toy sizes, nothing is timed" in ran.stdout
     assert "Median" not in ran.stdout
+    ran = run("-k", "B6-H8-T3-D4-float32-training-reference", "--benchmark-only")
+    assert "1 passed" in ran.stdout
     ran = run("--benchmark-save=mine")
     assert ran.returncode == 4
     assert "--benchmark-save=mine: no GPU, so nothing is timed" in ran.stderr
     spoilt = tmp_path / "spoil.py"
-    spoilt.write_text("from bench import measure\nmeasure.BOUNDS['float32'] = 1e-12\n")
+    spoilt.write_text("from bench import checking\nchecking.BOUNDS['float32'] = 1e-12\n")
     command = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import spoil, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     )

@@ -88,8 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     from .runner import Campaign, NoDevice
 
     # as anybody would give it again: where its files went is nobody's affair
-    told = ["DIR" if word == str(arguments.out) else word for word in argv]
-    command = shlex.join(["python", "-m", "bench.campaign", *told])
+    flags = [flag for flag in ("resume", "dry_run") if getattr(arguments, flag)]
+    words = ["--minutes", f"{arguments.minutes:g}", "--out", "DIR", *("--" + flag.replace("_", "-") for flag in flags)]
+    command = shlex.join(["python", "-m", "bench.campaign", *words])
     own = arguments.out / records.FILE
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminated)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..cases import PRECISIONS
+from ..cases import PRECISIONS, Case
 from .processes import ROOT, ending, kill
 
 # Not that of the ceilings: it would not see them while other tests run, and the campaign measures them itself.
@@ -27,6 +27,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-m", "gpu", "-W", "default", "-p", "n
 CHUNK = 6
 # A test compiles up to a dozen kernels, each a matter of seconds, beside other processes that do the same.
 SECONDS_OF_A_PROCESS, SECONDS_OF_A_TEST = 60.0, 45.0
+SLOW_TESTS = {"test_compute_sanitizer": 400.0}
 
 _VERDICT = re.compile(r"^(tests/.+?\.py::.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
 _REASON = re.compile(r"^(?:FAILED|ERROR) (tests/.+?\.py::.+?)(?: - (.*))?$")
@@ -34,17 +35,24 @@ _REASON = re.compile(r"^(?:FAILED|ERROR) (tests/.+?\.py::.+?)(?: - (.*))?$")
 _AFTERMATH = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch failure")
 _NO_MEMORY = ("out of memory", "OutOfMemory")
 
+SLOW, OUT_OF_TIME = "not finished in good time", "out of time"
+
 Say = Callable[[str], None]
 
 
 @dataclass
 class Outcome:
-    """passed, skipped: how many. failed: messages by test. unfinished: for which there was no time."""
+    """passed, skipped: how many. failed: messages by test.
+
+    unfinished: for which there was no time. slow: those of them that had more than they should need; a kernel that
+    hangs would have stopped with an error.
+    """
 
     passed: int = 0
     skipped: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     unfinished: list[str] = field(default_factory=list)
+    slow: dict[str, str] = field(default_factory=dict)
 
 
 def collect(limit_s: float, files: tuple[str, ...] = FILES) -> list[str]:
@@ -155,7 +163,8 @@ class Pool:
 
     def _chunk(self, chunk: list[str], alone: bool = False) -> None:
         left = self.deadline - time.monotonic()
-        limit = SECONDS_OF_A_PROCESS + SECONDS_OF_A_TEST * len(chunk)
+        names = [test.partition("::")[2].partition("[")[0] for test in chunk]
+        limit = SECONDS_OF_A_PROCESS + sum(SLOW_TESTS.get(name, SECONDS_OF_A_TEST) for name in names)
         if left < 5:
             with self.lock:
                 self.outcome.unfinished += chunk
@@ -168,6 +177,7 @@ class Pool:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
             start_new_session=True,
         )
         with self.lock:
@@ -175,10 +185,13 @@ class Pool:
         try:
             output, _ = process.communicate(timeout=min(left, limit))
             how = "" if process.returncode in (0, 1) else f"the process {ending(process.returncode)}"
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired as error:
             kill(process)
-            output, _ = process.communicate()
-            how = f"not finished within {limit:.0f} s" if left > limit else "out of time"
+            try:
+                output, _ = process.communicate(timeout=10)
+            except subprocess.TimeoutExpired:
+                output = (error.output or b"").decode(errors="replace")
+            how = SLOW if left > limit else OUT_OF_TIME
         with self.lock:
             self.running.discard(process)
             self._note(chunk, output, how, alone)
@@ -186,12 +199,18 @@ class Pool:
     def _note(self, chunk: list[str], output: str, how: str, alone: bool) -> None:
         with self.log.open("a", encoding="utf-8") as log:
             log.write(output)
-        if how == "out of time":
+        behind: list[str] = []
+        if how in (SLOW, OUT_OF_TIME):
             done = {match[1] for line in output.splitlines() if (match := _VERDICT.match(line))}
-            self.outcome.unfinished += [test for test in chunk if test not in done]
+            left = [test for test in chunk if test not in done]
             chunk = [test for test in chunk if test in done]
+            if how == SLOW and left:
+                self.outcome.slow[left[0]] = how
+                left, behind = left[:1], left[1:]
+            self.outcome.unfinished += left
             how = ""
         verdicts, messages, again = read(output, chunk, how)
+        again += behind
         for test in chunk:
             verdict, message = verdicts.get(test), messages.get(test, "")
             lacking = verdict in ("FAILED", "ERROR") and any(word in message for word in _NO_MEMORY) and not alone
@@ -213,21 +232,28 @@ class Pool:
         self.say(f"GPU tests: {len(self.seen)} of {self.total}: {counts}")
 
 
-def withheld(failed: dict[str, str]) -> dict[str, dict[str, str]]:
-    """What is not to be timed, with the reason: {precision: {provider: why}}.
+def sizes_of(test: str) -> tuple[int, int] | None:
+    """B and H that a test's identifier names, as in "(64, 512, 64)"."""
+    found = re.search(r"\((\d+), (\d+), \d+\)", test)
+    return (int(found[1]), int(found[2])) if found else None
 
-    A failure that names a precision in the test's identifier withholds that one, in the mode that its message names or
-    in both. Other failures are shown and withhold nothing: every provider is checked against float64 in each case.
+
+def withheld(failed: dict[str, str], case: Case) -> dict[str, str]:
+    """Who is not to be timed in a case, with the reason: {provider: why}.
+
+    A test that fails withholds the case of its own sizes and precision, in the mode that its message names or in both.
+    Other failures are shown and withhold nothing: whoever is timed has been checked against float64 in that very case.
     """
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, str] = {}
     for test, message in failed.items():
-        providers = ["sequence", "sequence, recompute", "step"]
+        if sizes_of(test) != (case.batch, case.hidden) or case.precision not in precisions_of(test):
+            continue
+        providers = ["sequence", "sequence, recompute", "sequence, device lengths", "step"]
         if "sequence mode" in message:
-            providers = providers[:2]
+            providers = providers[:-1]
         elif "step mode" in message:
-            providers = providers[2:]
+            providers = providers[-1:]
         name = test.partition("::")[2]
-        for precision in precisions_of(test):
-            for provider in providers:
-                found.setdefault(precision, {}).setdefault(provider, f"its GPU test {name} fails: {message}"[:300])
+        for provider in providers:
+            found.setdefault(provider, f"its GPU test {name} fails: {message}"[:300])
     return found

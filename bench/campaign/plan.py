@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..cases import CASES, HOT, Case
-from ..providers import PROVIDERS, USUAL
+from ..providers import PROVIDERS, usual
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class Item:
     @property
     def title(self) -> str:
         """The same for people: providers only where they are not the usual ones."""
-        usual = self.options.get("providers") == list(USUAL)
-        return f"{self.kind} {self.case.key}" if usual and self.case else self.key
+        if self.case is None or self.options.get("providers") != usual(self.case):
+            return self.key
+        return f"{self.kind} {self.case.key}"
 
     def as_json(self) -> dict[str, Any]:
         """What a worker is sent."""
@@ -56,7 +57,7 @@ def items() -> list[Item]:
     """All items but the tests and the warming up. Tuning tells what to doubt; nothing that is timed depends on it."""
 
     def bench(case: Case) -> Item:
-        return Item("bench", case, 20.0, {"providers": list(USUAL)})
+        return Item("bench", case, 20.0, {"providers": usual(case)})
 
     first, rest = CASES[:5], CASES[5:]
     found = [Item("ceilings", estimate_s=15.0)]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +32,8 @@ def kill(process: subprocess.Popen[Any]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         process.kill()
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that the driver holds does not die
+        process.wait(10)
 
 
 def ending(code: int) -> str:
@@ -61,6 +63,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            errors="replace",
             bufsize=1,
             start_new_session=True,  # so that compilers which it starts go with it
         )
@@ -69,9 +72,13 @@ class Worker:
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.answers.put(line)
-        self.answers.put(None)
+        try:
+            for line in self.process.stdout:
+                self.answers.put(line)
+        except (OSError, ValueError):
+            pass  # closed
+        finally:
+            self.answers.put(None)
 
     def send(self, item: dict[str, Any]) -> None:
         """Give it something to do.
@@ -93,14 +100,20 @@ class Worker:
             Silent: none came in time.
             Gone: it has ended.
         """
-        try:
-            line = self.answers.get(timeout=max(seconds, 0.01))
-        except queue.Empty:
-            raise Silent(f"no answer within {seconds:.0f} s") from None
-        if line is None:
-            raise Gone(ending(self.process.wait()))
-        message: dict[str, Any] = json.loads(line)
-        return message
+        until = time.monotonic() + max(seconds, 0.01)
+        while True:
+            try:
+                line = self.answers.get(timeout=max(until - time.monotonic(), 0.01))
+            except queue.Empty:
+                raise Silent(f"no answer within {seconds:.0f} s") from None
+            if line is None:
+                raise Gone(ending(self.process.wait()))
+            try:
+                message = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # somebody else's words
+            if isinstance(message, dict):
+                return message
 
     def stop(self) -> None:
         """End it, whatever it is at."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -15,19 +16,32 @@ from typing import IO, Any
 
 from .. import records
 from ..cases import Case
+from ..providers import PROVIDERS
 from . import gpu_tests
 from .plan import SILENCE_S, Item, items, toy_items, warm_items
-from .processes import Gone, Silent, Worker
+from .processes import ROOT, Gone, Silent, Worker
 
 # Shares of the time: tests that are left after theirs go on in the next campaign, and so does what is not warm.
 TESTS_SHARE, WARM_SHARE = 0.4, 0.25
 # What is kept for writing the record and ending processes.
 RESERVE_S = 5.0
+# What is measured of sequence mode only where it was right.
+BAD = (records.WRONG, records.FAILED, records.WITHHELD)
+CHECKED_BY_BENCH = ("tune", "stages", "profile", "counters")
 WARM_ITEMS = 28
 
 
 class NoDevice(RuntimeError):
     """There is no GPU."""
+
+
+def _silence(at: list[str]) -> float:
+    """Seconds in which a worker that was last at this has to say something."""
+    provider = PROVIDERS.get(at[0])
+    if provider is None or provider.limit_s is None or at[1] != "prepare":
+        return SILENCE_S
+    # A compiler that works in another thread, as for a backward, does not hear the alarm of its own process.
+    return provider.limit_s + 5
 
 
 @dataclass
@@ -54,7 +68,8 @@ class Campaign:
     worker: Worker | None = None
 
     def __post_init__(self) -> None:
-        self.source = records.source()
+        self.source, self.code = records.source(), records.code()
+        self.took: dict[str, list[float]] = {}
         self.lock = threading.Lock()
         self.environment = {}
         if self.dry_run:
@@ -95,23 +110,39 @@ class Campaign:
             self._identify()
             self._take_up()
             todo = toy_items() if self.dry_run else items()
-            done = {entry["item"] for entry in self.record["done"] if entry["source"] == self.source}
+            done = {entry["item"] for entry in self.record["done"]}
             self._tests()
             waiting = [item for item in todo if item.key not in done]
             self._warm(waiting)
             if len(waiting) < len(todo):
                 self.say(f"{len(todo) - len(waiting)} of {len(todo)} items were done before")
             for number, item in enumerate(waiting, len(todo) - len(waiting) + 1):
-                if self.left < item.estimate_s:
+                if self.left < self._estimate(item):
                     continue  # a shorter one may fit
                 self.say(f"{number} of {len(todo)}: {item.title}")
-                if self._do(item):
-                    self.record["done"].append({"item": item.key, "source": self.source})
+                try:
+                    finished = self._do(item)
+                except (KeyError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
+                    # what it found is not what it should be; the rest may be
+                    finished = self._trouble(item, f"its findings cannot be kept: {type(error).__name__}: {error}")
+                if finished:
+                    entry = {"item": item.key, "source": self.source, "code": self.code, "ok": self._is_clean(item)}
+                    self.record["done"].append(entry)
                 self.write()
-            undone = len(todo) - sum(entry["source"] == self.source for entry in self.record["done"])
+            kept = {entry["item"] for entry in self.record["done"]}
+            undone = sum(item.key not in kept for item in todo)
             again = "the same command with --resume goes on"
             self.say(f"{undone} of {len(todo)} items are left: {again}" if undone else "all items are done")
             return int(bool(self.record["tests"].get("failed")))
+
+    def _clean_log(self) -> None:
+        """It is to be kept beside the record: where things are on this machine is nobody's affair."""
+        path = self.out / "campaign.log"
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for where, name in ((str(ROOT), "."), (sys.prefix, "<python>"), (str(Path.home()), "~")):
+            if len(where) > 1:
+                text = text.replace(where, name)
+        path.write_text(text, encoding="utf-8")
 
     def _end(self) -> None:
         if self.worker is not None:
@@ -119,6 +150,7 @@ class Campaign:
         if self.record["runs"]:
             self.record["runs"][-1]["seconds"] = round(time.monotonic() - self.began, 1)
             self.write()
+        self._clean_log()
 
     def write(self) -> None:
         """The record, in one file."""
@@ -144,7 +176,12 @@ class Campaign:
             if not differing:
                 self.say(f"going on with {path}")
                 self.record |= before | now
-                self.record["done"] = [entry for entry in before["done"] if entry["source"] == self.source]
+                # what ended badly is tried again once anything has changed that may have been the reason
+                self.record["done"] = [
+                    entry
+                    for entry in before["done"]
+                    if entry["source"] == self.source and (entry["ok"] or entry["code"] == self.code)
+                ]
                 break
             if path.parent.resolve() == self.out.resolve():
                 raise ValueError(
@@ -154,7 +191,14 @@ class Campaign:
                 self.say(f"not going on with {path}: {', '.join(differing)}")
         utc = datetime.now(timezone.utc).isoformat(timespec="seconds")
         load = [round(value, 1) for value in os.getloadavg()]
-        run = {"command": self.command, "utc": utc, "seconds": 0.0, "source": self.source, "load": load}
+        run = {
+            "command": self.command,
+            "utc": utc,
+            "seconds": 0.0,
+            "source": self.source,
+            "code": self.code,
+            "load": load,
+        }
         run |= {name: now["device"][name] for name in ("driver", "limits", "cpu") if name in now["device"]}
         run |= {name: now["versions"][name] for name in ("python", "numpy") if name in now["versions"]}
         self.record["runs"] = [*self.record["runs"], run]
@@ -168,13 +212,17 @@ class Campaign:
     def _tests(self) -> None:
         before = self.record["tests"]
         again = before.get("source") == self.source
+        changed = before.get("code") != self.code
         deadline = time.monotonic() + min(self.left, 60 * self.minutes * TESTS_SHARE)
         try:
-            tests = before["unfinished"] if again else gpu_tests.collect(max(10.0, min(120.0, self.left)))
+            if again:
+                tests = [*before["unfinished"], *(before["failed"] if changed else ())]
+            else:
+                tests = gpu_tests.collect(max(10.0, min(120.0, self.left)))
         except Exception as error:
             self.say(f"GPU tests: {error}")
             self.record["tests"] = {"passed": 0, "skipped": 0, "failed": {"collection": str(error)[:300]}}
-            self.record["tests"] |= {"unfinished": [], "source": ""}
+            self.record["tests"] |= {"unfinished": [], "source": "", "code": ""}
             return
         if self.dry_run:
             tests = tests[:2]
@@ -190,10 +238,13 @@ class Campaign:
             self.record["tests"] = {
                 "passed": earlier["passed"] + found.passed,
                 "skipped": earlier["skipped"] + found.skipped,
-                "failed": earlier["failed"] | found.failed,
-                "unfinished": [test for test in tests if test not in pool.seen],
+                "failed": {t: why for t, why in earlier["failed"].items() if t not in pool.seen} | found.failed,
+                "unfinished": [t for t in tests if t not in pool.seen and t not in earlier["failed"]],
                 "source": self.source,
+                "code": self.code,
             }
+            for test, why in found.slow.items():
+                self.say(f"  {why}: {test}")
             for test, message in found.failed.items():
                 self.say(f"  failed: {test}: {message}")
             if found.skipped and not found.passed and not found.failed:
@@ -218,7 +269,7 @@ class Campaign:
                     return
                 worker = Worker(self.log, environment)
                 try:
-                    worker.send(self._message(item, {}))
+                    worker.send(self._message(item, {}, {}))
                     while "at" in worker.receive(until - time.monotonic()):
                         pass
                 except (Gone, Silent):
@@ -234,46 +285,75 @@ class Campaign:
 
     # One process: everything that is timed
 
-    def _message(self, item: Item, skip: dict[str, str]) -> dict[str, Any]:
+    def _message(self, item: Item, skip: dict[str, str], plain: dict[str, str]) -> dict[str, Any]:
         message = item.as_json()
         if item.case is not None:
             failed = self.record["tests"].get("failed", {})
-            message |= {"skip": skip, "withheld": gpu_tests.withheld(failed).get(item.case.precision, {})}
+            message |= {"skip": skip, "plain": plain, "withheld": gpu_tests.withheld(failed, item.case)}
         return message
 
     def _do(self, item: Item) -> bool:
-        """Whether the item need not be done again."""
-        if item.kind == "first_call":
-            return self._first_calls(item)
-        finished = self._ask(item, self.merge)
+        """Whether the item came to an end; if it ended badly, it is tried again when some code has changed."""
+        began = time.monotonic()
+        if item.kind in CHECKED_BY_BENCH and (why := self._why_not(item)):
+            return self._trouble(item, why)
+        finished = self._first_calls(item) if item.kind == "first_call" else self._ask(item, self.merge)
         if item.fresh:
             self._drop()
+        if finished:
+            self.took.setdefault(item.kind, []).append(time.monotonic() - began)
         return finished
+
+    def _why_not(self, item: Item) -> str:
+        """What was found wrong where this case was checked against float64."""
+        assert item.case is not None
+        for result in records.results_of(self.record):
+            about = (result.case, result.provider, result.source) == (item.case.key, "sequence", self.source)
+            if about and result.status in BAD:
+                return f"not done: sequence mode is {result.status} here: {result.why}"
+        return ""
+
+    def _estimate(self, item: Item) -> float:
+        """Seconds that it will take, by the plan and by what others of its kind took."""
+        return max(item.estimate_s, *self.took.get(item.kind, [0.0]), 0.0) if not self.dry_run else 0.0
+
+    def _is_clean(self, item: Item) -> bool:
+        """Whether nothing in it failed."""
+        if any(entry["item"] == item.key for entry in self.record["troubles"]):
+            return False
+        named = item.options.get("providers", [])
+        own = [r for r in records.results_of(self.record) if item.case and r.case == item.case.key]
+        return item.kind != "bench" or not any(r.status in BAD for r in own if r.provider in named)
 
     def _ask(
         self, item: Item, take: Callable[[dict[str, Any], Case | None], Any], environment: dict[str, str] | None = None
     ) -> bool:
-        """Have a worker do it, as often as it takes until nobody in it crashes or hangs."""
+        """Have a worker do it, as often as it takes until nobody in it crashes, hangs or cannot be captured."""
         skip: dict[str, str] = {}
+        plain: dict[str, str] = {}
         if item.fresh:
             self._drop()
-        for _ in range(12):
-            at, why = ["", ""], ""
+        begun = 0
+        for _ in range(20):
+            at, why, captured = ["", ""], "", True
             try:
                 if self.worker is None:
                     self.worker = Worker(self.log, {**self.environment, **(environment or {})})
-                self.worker.send(self._message(item, skip))
+                self.worker.send(self._message(item, skip, plain))
                 while True:
-                    answer = self.worker.receive(min(SILENCE_S, self.left))
+                    answer = self.worker.receive(min(_silence(at), self.left))
                     if "at" in answer:
                         at = answer["at"]
                         continue
                     if "done" in answer:
+                        self._clear_trouble(item)
                         take(answer["done"], item.case)
                         return True
                     if "failed" in answer:
                         return self._trouble(item, answer["failed"])
-                    at, why = [answer["lost"][0], ""], answer["lost"][1]
+                    captured = "uncaptured" not in answer
+                    who, why = answer["lost"] if captured else answer["uncaptured"]
+                    at = [who or at[0], ""]
                     break
             except (Gone, Silent) as error:
                 if self.left < 1:
@@ -281,10 +361,18 @@ class Campaign:
                     return False  # not its fault
                 why = f"{error}, at: {at[1]}" if at[1] else str(error)
             self._drop()
+            if not at[0] and not begun:
+                begun = 1  # it may have died of the item before
+                continue
             self.say(f"  {at[0] or item.key}: {why}")
-            if not at[0] or at[0] in skip:
+            if not captured and at[0] not in plain:
+                plain[at[0]] = why
+                if item.kind == "tune":
+                    skip[at[0]] = f"cannot be captured: {why}"
+            elif not at[0] or at[0] in skip:
                 return self._trouble(item, why)
-            skip[at[0]] = why
+            else:
+                skip[at[0]] = why
         return self._trouble(item, why)
 
     def _drop(self) -> None:
@@ -292,10 +380,13 @@ class Campaign:
             self.worker.stop()
         self.worker = None
 
+    def _clear_trouble(self, item: Item) -> None:
+        self.record["troubles"] = [entry for entry in self.record["troubles"] if entry["item"] != item.key]
+
     def _trouble(self, item: Item, why: str) -> bool:
-        self.say(f"  {item.key} failed: {why}")
-        kept = [entry for entry in self.record["troubles"] if entry["item"] != item.key]
-        self.record["troubles"] = [*kept, {"item": item.key, "why": why, "source": self.source}]
+        self.say(f"  {item.title}: {why}")
+        self._clear_trouble(item)
+        self.record["troubles"].append({"item": item.key, "why": why, "source": self.source})
         return True
 
     def _first_calls(self, item: Item) -> bool:
@@ -303,7 +394,7 @@ class Campaign:
         assert item.case is not None
         (provider,) = item.options["providers"]
         entry: dict[str, Any] = {"case": item.case.key, "provider": provider, "source": self.source}
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             caches = {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
             for name in ("cold_s", "warm_s"):
                 answers: list[dict[str, Any]] = []
@@ -327,9 +418,11 @@ class Campaign:
                 continue
             for entry in entries:
                 if name == "counters":  # stand beside the profile
-                    for kernels in self.record["kernels"]:
-                        if kernels["case"] == entry["case"]:
-                            kernels["counters"] = {k: v for k, v in entry.items() if k not in ("case", "source")}
+                    beside = [kernels for kernels in self.record["kernels"] if kernels["case"] == entry["case"]]
+                    if not beside:
+                        beside = [{"case": entry["case"], "kernels": [], "source": self.source}]
+                        self.record["kernels"] += beside
+                    beside[0]["counters"] = entry["counters"]
                     continue
                 kept = [old for old in self.record[name] if records.identity(old) != records.identity(entry)]
                 self.record[name] = [*kept, entry]

@@ -3,13 +3,21 @@
 {"at": [provider, what]}                  a sign of life
 {"done": {list of the record: entries}}   the item's findings
 {"lost": [provider, why]}                 the device is of no use to this process any more; it ends
+{"uncaptured": [provider, why]}           a graph's capture failed, and others would now too; it ends
 {"failed": why}                           the item raised something else
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
-import json
 import os
+
+# What kernels, compilers and imports print must not get between the answers.
+_ANSWERS = os.fdopen(os.dup(1), "w", buffering=1) if __name__ == "__main__" else None
+if _ANSWERS is not None:
+    os.dup2(2, 1)
+
+import json
 import sys
 import threading
 import time
@@ -21,12 +29,14 @@ import torch
 from .. import records
 from ..cases import Case
 from ..environment import current_device, device_info, versions
-from ..measure import DeviceLost, Tell, is_lost, measure, short
+from ..measure import CannotCapture, DeviceLost, is_lost, measure, short
 from ..problem import Problem, product_precision
 from ..providers import PROVIDERS
-from ..timing import synchronize
+from ..timing import CaptureFailed, Tell, synchronize
 
 Found = dict[str, Any]
+Reasons = dict[str, str]
+COUNTERS_LIMIT_S = 90.0
 
 
 def identity(tell: Tell, **_: Any) -> Found:
@@ -44,11 +54,11 @@ def ceilings(tell: Tell, **_: Any) -> Found:
 
 
 def bench(
-    tell: Tell, case: Case, providers: list[str], skip: dict[str, str], withheld: dict[str, str], **options: Any
+    tell: Tell, case: Case, providers: list[str], skip: Reasons, withheld: Reasons, plain: Reasons, **options: Any
 ) -> Found:
-    """All providers in one case. skip: reasons, by provider, why it is not tried again."""
+    """All providers in one case. skip: reasons, by provider, why it is not tried again; plain: not captured."""
     chosen = [PROVIDERS[name] for name in providers if name not in skip]
-    found = measure(case, current_device(), chosen, withheld=withheld, tell=tell, **options)
+    found = measure(case, current_device(), chosen, withheld=withheld, plain=plain, tell=tell, **options)
     found += [
         records.Result(case.key, name, records.FAILED, why, source=records.source())
         for name, why in skip.items()
@@ -57,44 +67,39 @@ def bench(
     return {"results": [result.as_json() for result in found]}
 
 
-def tune(tell: Tell, case: Case, skip: dict[str, str], withheld: dict[str, str], **options: Any) -> Found:
+def tune(tell: Tell, case: Case, skip: Reasons, seconds: float, rounds: int = 15, most: int = 100, **_: Any) -> Found:
     """The default layouts' neighbours."""
     from ..layouts import tune as tuned
 
-    return {"layouts": tuned(case, current_device(), skip=skip, tell=tell, **options)}
+    found = tuned(case, current_device(), skip=skip, tell=tell, seconds=seconds, rounds=rounds, most=most)
+    return {"layouts": found}
 
 
-def stages(tell: Tell, case: Case, skip: dict[str, str], withheld: dict[str, str], **options: Any) -> Found:
+def stages(tell: Tell, case: Case, skip: Reasons, plain: Reasons, rounds: int = 15, **_: Any) -> Found:
     """Where the time goes."""
     from ..stages import measure as measured
 
-    tell("stages", "measure")
-    with product_precision(case):
-        return {
-            "stages": [{**each, "source": records.source()} for each in measured(case, current_device(), **options)]
-        }
+    found = measured(case, current_device(), rounds=rounds, graphed=not plain, skip=skip, tell=tell)
+    return {"stages": [{**each, "source": records.source()} for each in found]}
 
 
-def profile(tell: Tell, case: Case, skip: dict[str, str], withheld: dict[str, str], **_: Any) -> Found:
+def profile(tell: Tell, case: Case, **_: Any) -> Found:
     """Every kernel of a training step."""
     from ..profiling import measure as measured
 
     tell("profile", "measure")
-    with product_precision(case):
-        return {"kernels": [{**measured(case, current_device()), "source": records.source()}]}
+    return {"kernels": [{**measured(case, current_device()), "source": records.source()}]}
 
 
-def counters(tell: Tell, case: Case, skip: dict[str, str], withheld: dict[str, str], **_: Any) -> Found:
+def counters(tell: Tell, case: Case, **_: Any) -> Found:
     """The two hot kernels under Nsight Compute, where it is installed."""
     from ..profiling import counters as measured
 
     tell("counters", "measure")
-    return {"counters": [{"case": case.key, **measured(case, 60.0), "source": records.source()}]}
+    return {"counters": [{"case": case.key, "counters": measured(case, COUNTERS_LIMIT_S)}]}
 
 
-def first_call(
-    tell: Tell, case: Case, providers: list[str], skip: dict[str, str], withheld: dict[str, str], **_: Any
-) -> Found:
+def first_call(tell: Tell, case: Case, providers: list[str], **_: Any) -> Found:
     """Seconds of a process's first training step, by the caches that it was started with."""
     (name,) = providers
     on = current_device()
@@ -126,12 +131,10 @@ def _end_with(parent: int) -> None:
 def main() -> None:
     """Serve items until there are no more."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    # What kernels and compilers print must not get between the answers.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
 
     def answer(**message: Any) -> None:
-        answers.write(json.dumps(message) + "\n")
+        assert _ANSWERS is not None
+        _ANSWERS.write(json.dumps(message) + "\n")
 
     def tell(provider: str, what: str) -> None:
         answer(at=[provider, what])
@@ -142,9 +145,15 @@ def main() -> None:
         if fields:
             item["case"] = Case(**fields)
         try:
-            answer(done=KINDS[kind](tell, **item))
+            found = KINDS[kind](tell, **item)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            answer(done=found)
         except DeviceLost as error:
             answer(lost=[error.provider, str(error)])
+            return
+        except (CannotCapture, CaptureFailed) as error:
+            answer(uncaptured=[getattr(error, "provider", ""), str(error)])
             return
         except Exception as error:
             why = f"{type(error).__name__}: {short(error)}"
@@ -152,8 +161,6 @@ def main() -> None:
                 answer(lost=["", why])
                 return
             answer(failed=why)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
