@@ -210,6 +210,26 @@ def _prepare(problem: Problem, provider: Provider, result: Result, limit_s: floa
     return None
 
 
+def compile_all(case: Case, device: torch.device, providers: Iterable[Provider], tell: Tell) -> None:
+    """An evaluation and a training step of each provider, for what they leave in the caches of compiled code.
+
+    Nothing is compared, so that many processes may do this at once: float64 results take much memory. Whoever cannot
+    run will say so when the case is measured.
+    """
+    with product_precision(case):
+        problem = Problem(case, device)
+        for provider in providers:
+            tell(provider.name, "prepare")
+            try:
+                model = provider.build(problem)
+                with torch.no_grad():
+                    model.call(problem.x, False)
+                gradients(problem, model, model.call(problem.x, True))
+            except Exception as error:
+                if is_lost(device):
+                    raise DeviceLost(provider.name, error) from error
+
+
 def measure(
     case: Case,
     device: torch.device,

@@ -57,10 +57,9 @@ def test_lengths_are_those_that_are_said():
 
 def test_what_compiles_much_is_compiled_beforehand():
     warm = plan.warm_items(plan.items(), 10)
-    assert [item.kind for item in warm] == ["tune"] * 2 + ["stages"] * 2 + ["bench"] * 6
+    assert [item.kind for item in warm] == ["tune"] * 2 + ["stages"] * 2 + ["warm"] * 6
     assert [item.case for item in warm[4:]] == CASES[:6]
     assert all(item.options["rounds"] == 1 for item in warm[:4])
-    assert not any(item.options["timed"] for item in warm[4:])
 
 
 def test_every_case_is_planned_and_every_kind_has_a_worker():
@@ -69,7 +68,7 @@ def test_every_case_is_planned_and_every_kind_has_a_worker():
     items = plan.items()
     assert len({item.key for item in items}) == len(items)
     assert {item.case for item in items if item.kind == "bench"} == set(CASES)
-    assert {item.kind for item in items} | {"identity"} == set(KINDS)
+    assert {item.kind for item in items} | {"identity", "warm"} == set(KINDS)
     assert {item.kind for item in plan.toy_items()} == {item.kind for item in items}
 
 

@@ -171,6 +171,21 @@ def test_every_provider_that_cannot_run_says_why_and_others_go_on():
     assert said["reference"][0] == "ok"
 
 
+def test_compiling_beforehand_runs_everybody_and_compares_nothing(monkeypatch):
+    ran = []
+
+    def build(problem):
+        model = providers.reference(problem)
+        call = model.call
+        return replace(model, call=lambda x, t: (ran.append(t), call(x, t))[1], expected=None)
+
+    def failing(problem):
+        raise ValueError
+
+    measure.compile_all(CASE, CPU, [named("failing", failing), named("a", build)], lambda name, what: None)
+    assert ran == [False, True]
+
+
 def test_a_lost_device_ends_the_process_and_names_who_was_at_work(monkeypatch):
     def failing(problem):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -57,14 +57,14 @@ def items() -> list[Item]:
     """All items but the tests and the warming up. Tuning tells what to doubt; nothing that is timed depends on it."""
 
     def bench(case: Case) -> Item:
-        return Item("bench", case, 20.0, {"providers": usual(case)})
+        return Item("bench", case, 20.0 if case.steps <= 200 else 30.0, {"providers": usual(case)})
 
     first, rest = CASES[:5], CASES[5:]
     found = [Item("ceilings", estimate_s=15.0)]
     found += [bench(case) for case in first]
-    found += [Item("tune", case, 30.0, {"seconds": 40.0}) for case in HOT]
+    found += [Item("tune", case, 45.0, {"seconds": 40.0}) for case in HOT]
     found += [Item("stages", case, 40.0) for case in HOT]
-    found += [Item("profile", case, 15.0) for case in HOT]
+    found += [Item("profile", case, 20.0, fresh=True) for case in HOT]
     found += [bench(case) for case in rest[:9]]
     found += [Item("first_call", HOT[0], 60.0, {"providers": [name]}, fresh=True) for name in FIRST_CALLS]
     found += [Item("counters", case, 45.0) for case in HOT]
@@ -87,8 +87,8 @@ def toy_items() -> list[Item]:
 
 
 def warm_items(todo: list[Item], most: int) -> list[Item]:
-    """What compiles much: neighbours and variants of kernels, and the first cases that will be timed, checked only."""
+    """What compiles much: neighbours and variants of kernels, and the first cases that will be timed."""
     found = [replace(item, options={**item.options, "rounds": 1}) for item in todo if item.kind in ("tune", "stages")]
     cases = dict.fromkeys(item.case for item in todo if item.kind == "bench" and item.case)
-    options = {"providers": list(WARMED), "timed": False}
-    return [*found, *(Item("bench", case, 0.0, options) for case in cases)][:most]
+    options = {"providers": list(WARMED)}
+    return [*found, *(Item("warm", case, 0.0, options) for case in cases)][:most]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import sys
 import tempfile
 import threading
@@ -315,7 +316,9 @@ class Campaign:
 
     def _estimate(self, item: Item) -> float:
         """Seconds that it will take, by the plan and by what others of its kind took."""
-        return max(item.estimate_s, *self.took.get(item.kind, [0.0]), 0.0) if not self.dry_run else 0.0
+        if self.dry_run:
+            return 0.0
+        return max(item.estimate_s, statistics.median(self.took.get(item.kind, [0.0])))
 
     def _is_clean(self, item: Item) -> bool:
         """Whether nothing in it failed."""

@@ -29,7 +29,7 @@ import torch
 from .. import records
 from ..cases import Case
 from ..environment import current_device, device_info, versions
-from ..measure import CannotCapture, DeviceLost, is_lost, measure, short
+from ..measure import CannotCapture, DeviceLost, compile_all, is_lost, measure, short
 from ..problem import Problem, product_precision
 from ..providers import PROVIDERS
 from ..timing import CaptureFailed, Tell, synchronize
@@ -65,6 +65,12 @@ def bench(
         if name in providers
     ]
     return {"results": [result.as_json() for result in found]}
+
+
+def warm(tell: Tell, case: Case, providers: list[str], **_: Any) -> Found:
+    """What is compiled for a case, into the caches."""
+    compile_all(case, current_device(), [PROVIDERS[name] for name in providers], tell)
+    return {}
 
 
 def tune(tell: Tell, case: Case, skip: Reasons, seconds: float, rounds: int = 15, most: int = 100, **_: Any) -> Found:
@@ -117,7 +123,7 @@ def first_call(tell: Tell, case: Case, providers: list[str], **_: Any) -> Found:
 
 
 KINDS: dict[str, Callable[..., Found]] = {
-    f.__name__: f for f in (identity, ceilings, bench, tune, stages, profile, counters, first_call)
+    f.__name__: f for f in (identity, ceilings, bench, warm, tune, stages, profile, counters, first_call)
 }
 
 
