@@ -7,9 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from bench.cases import Case
+from bench.records import Result, Timing
 
 pytest.importorskip("pytest_benchmark")
 ROOT = Path(__file__).parents[1]
@@ -79,3 +83,25 @@ def test_without_a_gpu_nothing_is_timed_and_wrong_results_fail(tmp_path):
     )
     assert ran.returncode == 1
     assert "off by" in ran.stdout
+
+
+def test_on_a_gpu_each_figure_comes_with_the_floor(monkeypatch):
+    from bench import test_layers
+    from bench.ceilings import Ceilings
+    from bench.floor import floor
+
+    case = Case(64, 512, 100, 512)
+    ceilings = Ceilings(3e12, 5.5e12, 1.1e-6, 1.4e-6, {"bfloat16": 7.9e14})
+    monkeypatch.setattr(test_layers, "ceilings", lambda: ceilings)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(multi_processor_count=132))
+    least = floor(case, "training", ceilings, 132)
+    assert least is not None
+    us = 4e6 * least.total_seconds
+    result = Result(case.key, "sequence", modes={"training": Timing((us, us, us), 5, "graph")})
+    info = test_layers.extra_info(case, "training", result)
+    assert info["floor_percent"] == pytest.approx(25)
+    assert info["floor_us"] == pytest.approx(us / 4)
+    assert info["us_per_step"] == pytest.approx(us / 100)
+    assert (info["device"], info["timed"]) == ("a GPU", "graph")
