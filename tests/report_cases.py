@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import builtins
+import copy
+import importlib
 import math
 import random
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import bench.report
 from bench import records
 from bench.cases import CASES, Case
 from bench.records import Result, Timing
+from bench.report import page
+from bench.report.__main__ import main
+from bench.report.campaign import Campaign
+from bench.report.tables import block, put
 
+README = "# Title\n\n<!-- results -->\nold words\n<!-- /results -->\n\nlast words\n"
 INVENTED = "invented figures, no measurement"
 COMMAND = "python -m bench.campaign --minutes 9 --out DIR --resume"
 SOURCE = {"source": "aaaaaaaaaaaa"}
@@ -48,8 +61,17 @@ def invented(
             "memory_bytes": 80 * 2**30,
             "l2_bytes": 50 * 2**20,
             "driver": "580.65.06",
+            "limits": "1980 MHz, 2619 MHz, 700.00 W",
+            "cpu": "Invented CPU, 16 cores",
         },
-        "versions": {"python": "3.11.7", "torch": "2.99.0", "cuda": "13.0", "cudnn": 91300, "triton": "3.99.0"},
+        "versions": {
+            "python": "3.11.7",
+            "torch": "2.99.0",
+            "cuda": "13.0",
+            "cudnn": 91300,
+            "triton": "3.99.0",
+            "numpy": "2.9.9",
+        },
         "runs": [{"command": COMMAND, "utc": "2001-02-03T17:00:00+00:00", "seconds": 512.0, "load": [0.5]} | SOURCE],
         "tests": {"passed": 170, "failed": {}, "skipped": 3, "unfinished": []} | SOURCE,
         "cases": {case.key: (case.toy() if dry_run else case).as_json() for case in cases},
@@ -71,7 +93,8 @@ def result(case: Case, provider: str, chosen: random.Random) -> Result:
     for mode, share in SHARES.items():
         us = case.steps * share * (factor * floor + fixed) * math.exp(chosen.gauss(0, 0.25))
         spread = us * chosen.uniform(0.005, 0.05)
-        how = "events" if provider in ("reference", "F.batch_norm loop") else "graph"
+        eager = provider in ("reference", "F.batch_norm loop") or (mode == "inference" and "sequence" in provider)
+        how = "events" if eager else "graph"
         least = case.steps * share * floor
         modes[mode] = Timing((us, us - spread, us + 2 * spread), 20, how, wall_us=us + 40, floor_us=least)
     kept = case.rows * case.hidden * case.directions * (14 if "recompute" in provider else 22) * factor
@@ -117,9 +140,116 @@ def retime(record: dict[str, Any], key: str, provider: str, mode: str, us: float
             fields["modes"][mode]["us"] = [us, us, us]
 
 
+def gaps(cases: Iterable[Case] = CASES) -> dict[str, Any]:
+    """A record in which providers are missing, wrong or slow in all ways that there are."""
+    cases = list(cases)
+    record = invented(cases)
+    for case in cases:
+        spoil(record, case.key, "FlashRNN", records.CANNOT, "flashrnn is not installed")
+        spoil(record, case.key, "Haste", records.CANNOT, "haste_pytorch is not installed")
+        if case.hidden >= 2000:
+            spoil(record, case.key, "sequence", records.CANNOT, "sequence mode: no layout")
+        if case.lengths != "equal":
+            spoil(record, case.key, "compiled step", records.CANNOT, "equal lengths only")
+    square = {hidden: Case(64, hidden, 100, hidden).key for hidden in (128, 256, 512)}
+    spoil(record, square[256], "compiled step", records.FAILED, "no kernel image")
+    spoil(record, square[512], "sequence", records.WRONG, "gradients are off")
+    spoil(record, square[512], "nn.LSTM", records.WRONG, "outputs are off")
+    record["troubles"] = [{"item": "stages B64", "why": "hung"}]
+    for entry in record["kernels"]:
+        entry["counters"] = {"why": "there is no program ncu"}
+    record["stages"][0]["without_us"] = {"gates": 310.9, "loads": 330.0}
+    run = record["runs"][0]
+    record["runs"] = [run | {"driver": "580.65.06", "numpy": "2.9.9"}, run | {"driver": "590.1"}]
+    return record
+
+
 def save(record: dict[str, Any], results: Path, slug: str = "test-gpu") -> Path:
     """Write it where the report looks for it."""
     folder = results / slug
     folder.mkdir(parents=True, exist_ok=True)
     records.write(folder / records.FILE, record)
     return folder / records.FILE
+
+
+def run(place: Path, *options: str) -> int:
+    return main(["--results", str(place / "results"), "--readme", str(place / "README.md"), *options])
+
+
+def text_of(place: Path) -> str:
+    return (place / "README.md").read_text()
+
+
+def report(place: Path, record: dict[str, Any]) -> str:
+    """README with this record's tables, without drawing plots; the device's page is written too."""
+    campaign = Campaign(save(record, place / "results"))
+    page.write(campaign)
+    (place / "README.md").write_text(put(README, block([campaign], place / "README.md")))
+    return text_of(place)
+
+
+def written(place: Path, record: dict[str, Any]) -> str:
+    """README after the command itself, plots and all."""
+    save(record, place / "results")
+    assert run(place) == 0
+    return text_of(place)
+
+
+def rows(text: str, start: str) -> list[list[str]]:
+    """Cells of all rows that begin so."""
+    lines = [line for line in text.splitlines() if line.startswith(f"| {start}")]
+    return [[cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def page_of(place: Path, record: dict[str, Any] | None = None) -> str:
+    """The device's page; with a record, after it has been written of that."""
+    if record is not None:
+        report(place, record)
+    return (place / "results" / "test-gpu" / page.NAME).read_text()
+
+
+def without_figures(record: dict[str, Any]) -> dict[str, Any]:
+    """The same with null in many places, and with a result of a case that is nowhere described."""
+    nulls = copy.deepcopy(record)
+    for fields in nulls["results"]:
+        fields["modes"]["training"] |= {"us": [None, None, None]}
+        fields["modes"]["inference"] |= {"floor_us": None, "wall_us": None}
+        fields |= {"saved_bytes": None, "peak_bytes": None, "errors": {"outputs": None}}
+    nulls["results"][0] |= {"case": "B1-H1-T1-D1-bfloat16"}
+    nulls["stages"][0] |= {"whole_us": None}
+    layout = {"case": CASES[0].key, "way": "forward", "tried": 3, "default_us": None, "failed": {"x": "y"}}
+    nulls["layouts"][0] = layout
+    nulls["ceilings"] = {"copy_bytes_per_second": None, "why": {"copy_bytes_per_second": "no memory"}}
+    return nulls
+
+
+def plots() -> Any:
+    """`bench.report.plots`, which alone needs matplotlib; without it the test is skipped."""
+    pytest.importorskip("matplotlib")
+    return importlib.import_module("bench.report.plots")
+
+
+def hide_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make it as if it were not installed."""
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any, **named: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        return real(name, *rest, **named)
+
+    monkeypatch.delitem(sys.modules, "bench.report.plots", raising=False)
+    monkeypatch.delattr(bench.report, "plots", raising=False)
+    monkeypatch.setattr(builtins, "__import__", without)
+
+
+def places(axes: Any, wanted: Callable[[Any], bool] = lambda line: True) -> dict[str, list[int]]:
+    """Where on the x axis the wanted lines of a plot have points, by their label or, if they have one, their id."""
+    lines = [line for line in axes.get_lines() if wanted(line)]
+    return {line.get_gid() or line.get_label(): list(line.get_xdata()) for line in lines}
+
+
+def missing_places(axes: Any) -> dict[str, list[int]]:
+    """Where on the x axis lines with whiskers are broken, by label."""
+    drawn = {container.get_label(): container.lines[0] for container in axes.containers}
+    return {name: [x for x, y in line.get_xydata() if math.isnan(y)] for name, line in drawn.items()}

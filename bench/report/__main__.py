@@ -8,16 +8,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .text import counted
+
 if TYPE_CHECKING:
     from .campaign import Campaign
 
 ROOT = Path(__file__).parents[2]
 
 DESCRIPTION = """\
-Write README's results, and plots beside each record, from bench/results/<device>/campaign.json.
+Write README's results from bench/results/<device>/campaign.json, and beside each record a page and plots.
 
-README's block between <!-- results --> and <!-- /results --> is replaced. Plots need matplotlib
-(pip install -e '.[bench]'); tables and --check do without it.
+README's block between <!-- results --> and <!-- /results --> is replaced, and the page <device>/README.md as a whole.
+Plots need matplotlib (pip install -e '.[bench]'); tables and --check do without it.
 """
 
 
@@ -29,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--results", type=Path, metavar="DIR", help="folder of the devices (default: bench/results)")
     made.add_argument("--readme", type=Path, metavar="FILE", help="where the block is (default: README.md)")
     made.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 if README or plots are not what the records give"
+        "--check", action="store_true", help="write nothing; exit 1 if README, pages or plots are not of these records"
     )
     made.add_argument(
         "--allow-dry-run", action="store_true", help="take records without measurements too; needs --readme"
@@ -41,17 +43,23 @@ def main(argv: list[str] | None = None) -> int:
     """Run with the arguments `argv`, those of the command line if None. The exit status."""
     made = parser()
     arguments = made.parse_args(argv)
-    if arguments.allow_dry_run and arguments.readme is None:
-        made.error("--allow-dry-run needs --readme FILE: the project's README holds measurements only")
+    if arguments.allow_dry_run and (arguments.readme is None or _is_own(arguments.readme)):
+        made.error("--allow-dry-run needs --readme with another file: the project's README holds measurements only")
     try:
         return report(arguments)
     except (OSError, ValueError) as error:
         return _refuse(str(error))
 
 
+def _is_own(readme: Path) -> bool:
+    """Whether it is the project's README, by whatever path or link."""
+    own = ROOT / "README.md"
+    return readme.resolve() == own.resolve() or (readme.exists() and own.exists() and readme.samefile(own))
+
+
 def report(arguments: argparse.Namespace) -> int:
     """Write or check. The exit status."""
-    from . import tables
+    from . import page, tables
 
     campaigns = _campaigns(arguments.results, arguments.allow_dry_run)
     readme = arguments.readme or ROOT / "README.md"
@@ -65,7 +73,13 @@ def report(arguments: argparse.Namespace) -> int:
         return _check(readme, old, new, campaigns)
     if new != old:
         readme.write_text(new, encoding="utf-8")
-    print(f"{readme}: {'written' if new != old else 'as it was'}, {len(campaigns)} device(s)")
+    print(f"{readme}: {'written' if new != old else 'as it was'}, {counted(len(campaigns), 'device')}")
+    for campaign in campaigns:
+        if (path := page.write(campaign)) is not None:
+            print(f"Wrote {path}")
+    if not campaigns:
+        print(f"no records in {arguments.results or 'bench/results'}/*/campaign.json")
+        return 0
     try:
         from . import plots
     except ModuleNotFoundError as error:
@@ -103,23 +117,33 @@ def _tell_age(campaigns: list[Campaign]) -> None:
 
 
 def _check(readme: Path, old: str, new: str, campaigns: list[Campaign]) -> int:
-    from . import series
+    from . import page, png, series
 
-    problems = []
-    if new != old:
-        difference = list(difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=0))
-        shown = [line if len(line) < 200 else line[:199] + "…" for line in difference[2:14]]  # without the file names
-        problems.append("\n".join([f"{readme} is not what the records give:", *shown]))
+    problems = _differences(readme, old, new)
     for campaign in campaigns:
+        path, text = page.path_of(campaign), page.text_of(campaign)
+        problems += _differences(path, path.read_text(encoding="utf-8") if path.exists() else "", text)
         given = series.available(campaign)
         for name in series.PLOTS:
             path = campaign.path.parent / name
-            if path.exists() != (name in given):
-                problems.append(f"{path} is {'out of date' if path.exists() else 'missing'}")
+            if name in given and not path.exists():
+                problems.append(f"{path} is missing")
+            elif path.exists() and (
+                name not in given or png.described(path) != png.description(name, campaign.fingerprint)
+            ):
+                problems.append(f"{path} is not of this record")
     if problems:
         return _refuse("\n".join([*problems, "run: python -m bench.report"]))
-    print(f"{readme} is what the records give, {len(campaigns)} device(s)")
+    print(f"{readme} is what the records give, {counted(len(campaigns), 'device')}")
     return 0
+
+
+def _differences(path: Path, old: str, new: str) -> list[str]:
+    if old == new:
+        return []
+    difference = list(difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=0))
+    shown = [line if len(line) < 200 else line[:199] + "…" for line in difference[2:14]]  # without the file names
+    return ["\n".join([f"{path} is not what the records give:", *shown])]
 
 
 def _refuse(why: str) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,15 @@ LABELS = {
     "FlashRNN": "FlashRNN (no batch norm)",
     "Haste": "Haste (layer norm)",
 }
-OURS = ("sequence", "step")
+SEQUENCE, STEP = "sequence", "step"
 CUDNN, BASELINE = "nn.LSTM", "compiled step"
 RIVALS = (CUDNN, BASELINE)
 SHOWN_MODES = ("training", "inference")  # what users run; the other two are its parts
+LISTS = ("layouts", "stages", "kernels", "first_calls", "troubles")  # of the record, besides results
 DRY_RUN = "dry run: toy sizes on a CPU, no measurement"
 
 _PLANNED = {case.key: case for case in CASES}
+_ABSENT = re.compile(r"\S+ is not installed")
 _REST = 2  # rank of cases that do not come first
 _STATUS_ORDER = (records.WRONG, records.FAILED, records.WITHHELD, records.CANNOT, OK)
 
@@ -79,12 +84,16 @@ class Ratio:
         """Ours is slower."""
         return self.value > 1
 
+    @property
+    def stepwise(self) -> bool:
+        """Ours is step mode, since sequence mode cannot run."""
+        return self.ours.provider == STEP
+
 
 @dataclass(frozen=True)
 class Reason:
     """Why figures are missing, once for all cases that share it."""
 
-    number: int
     status: str
     why: str
     keys: dict[str, list[str]]  # by provider
@@ -104,6 +113,11 @@ def label(provider: str) -> str:
 def sizes(case: Case) -> str:
     """B, H, T and D in a few letters."""
     return f"{case.batch} × {case.hidden}, T {case.steps}, D {case.columns}"
+
+
+def inline_label(case: Case) -> str:
+    """Everything about it in one line."""
+    return (f"{case.name}: " if case.name else "") + ", ".join([sizes(case), *flags(case)])
 
 
 def flags(case: Case) -> list[str]:
@@ -129,7 +143,7 @@ class Campaign:
         path: of the record. record: what is in it.
         cases: by key, those of the paper and the field first. results: by key and provider.
         unknown: results whose case is nowhere described.
-        reasons: why figures are missing, mistakes first.
+        absent: providers whose package is not installed. reasons: why figures are missing, mistakes first.
     """
 
     def __init__(self, path: Path) -> None:
@@ -147,13 +161,20 @@ class Campaign:
         self.cases = {key: case for key in keys if (case := known[key]) is not None}
         self.results = {(result.case, result.provider): result for result in found if result.case in self.cases}
         self.unknown = [result for result in found if result.case not in self.cases]
+        self.absent = self._absent()
         self.reasons = self._reasons()
-        self._numbers = {
-            (key, provider): reason.number
-            for reason in self.reasons
+        self._index = {
+            (key, provider): k
+            for k, reason in enumerate(self.reasons)
             for provider, keys_of in reason.keys.items()
             for key in keys_of
         }
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that the record says."""
+        content = json.dumps(self.record, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
     def dry_run(self) -> bool:
@@ -167,8 +188,8 @@ class Campaign:
 
     @property
     def providers(self) -> list[str]:
-        """All that have a result, in the order of `LABELS`, others after them."""
-        names = {provider for _, provider in self.results}
+        """All that have a result, in the order of `LABELS`, others after them; not those that are not installed."""
+        names = {provider for _, provider in self.results} - set(self.absent)
         return [name for name in LABELS if name in names] + sorted(names - set(LABELS))
 
     @property
@@ -214,10 +235,35 @@ class Campaign:
         of_floor = median / floor if floor else None
         return StepTime(provider, median / steps, low / steps, high / steps, of_floor, timing.how)
 
+    def floor(self, key: str, mode: str) -> float | None:
+        """Least microseconds of one step, whoever takes it."""
+        timings = [result.modes.get(mode) for (case, _), result in self.results.items() if case == key]
+        found = (usable(timing.floor_us) for timing in timings if timing is not None)
+        least = next((floor for floor in found if floor is not None), None)
+        return None if least is None else least / self.cases[key].steps
+
+    def wall(self, key: str, provider: str, mode: str) -> float | None:
+        """Microseconds of a whole call on the host's clock."""
+        result = self.results.get((key, provider))
+        timing = result.modes.get(mode) if result is not None and result.status == OK else None
+        return None if timing is None else usable(timing.wall_us)
+
+    def chosen(self, key: str) -> str:
+        """The mode that the library takes: step mode where sequence mode cannot run, and nowhere else."""
+        sequence = self.results.get((key, SEQUENCE))
+        return STEP if sequence is not None and sequence.status == records.CANNOT else SEQUENCE
+
     def ours(self, key: str, mode: str) -> StepTime | None:
-        """The quicker one of our modes."""
-        times = [time for provider in OURS if (time := self.time(key, provider, mode)) is not None]
-        return min(times, key=lambda time: time.us, default=None)
+        """What users get, which need not be the quicker of our modes."""
+        return self.time(key, self.chosen(key), mode)
+
+    @property
+    def memory_unit(self) -> tuple[int, str]:
+        """Bytes and name of the unit in which all its tables and plots tell memory."""
+        most = max(
+            (usable(each) or 0.0 for r in self.results.values() for each in (r.peak_bytes, r.saved_bytes)), default=0
+        )
+        return (2**20, "MiB") if most < 1e5 * 2**20 else (2**30, "GiB")
 
     def ratios(self, mode: str, rival: str) -> list[Ratio]:
         """Of every case that both have run, worst first."""
@@ -236,9 +282,16 @@ class Campaign:
             if self.ours(key, mode) is None and any(self.time(key, rival, mode) for rival in RIVALS)
         ]
 
-    def number(self, key: str, provider: str) -> int | None:
-        """Of the reason that goes with this result."""
-        return self._numbers.get((key, provider))
+    def reason(self, key: str, provider: str) -> int | None:
+        """Where in `reasons` this result is told of."""
+        return self._index.get((key, provider))
+
+    def _absent(self) -> list[str]:
+        found: dict[str, bool] = {}
+        for (_, provider), result in self.results.items():
+            missing = result.status == records.CANNOT and _ABSENT.fullmatch(result.why) is not None
+            found[provider] = found.get(provider, True) and missing
+        return sorted(provider for provider, missing in found.items() if missing)
 
     def _reasons(self) -> list[Reason]:
         shared: dict[tuple[str, str], dict[str, list[str]]] = {}
@@ -251,7 +304,7 @@ class Campaign:
                 shared.setdefault((result.status, why), {}).setdefault(provider, []).append(key)
         rank = {status: k for k, status in enumerate(_STATUS_ORDER)}
         ordered = sorted(shared.items(), key=lambda item: rank.get(item[0][0], -1))  # stable: first seen, first told
-        return [Reason(k, status, why, keys) for k, ((status, why), keys) in enumerate(ordered, start=1)]
+        return [Reason(status, why, keys) for (status, why), keys in ordered]
 
 
 def _rank(case: Case | None) -> int:

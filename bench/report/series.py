@@ -5,25 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from bench import records
 from bench.cases import Case
 
 from .campaign import CUDNN, RIVALS, SHOWN_MODES, Campaign, Ratio, StepTime, selected_as, usable
 
-HIDDEN, LENGTH, MEMORY, RATIOS = "step_time_hidden.png", "step_time_length.png", "memory.png", "ratios.png"
-PLOTS = (HIDDEN, LENGTH, MEMORY, RATIOS)
+HIDDEN, LENGTH, MEMORY = "step_time_hidden.png", "step_time_length.png", "memory.png"
+RATIOS, RATIOS_ALL = "ratios.png", "ratios_all.png"
+PLOTS = (HIDDEN, LENGTH, MEMORY, RATIOS, RATIOS_ALL)
+OURS = "ours"  # a line of what the library chooses
+UNDRAWN = ("sequence", "sequence, recompute", "compiled loop")  # the first is in "ours"
+MOST_BARS = 25
+BROKEN = (records.WRONG, records.FAILED, records.WITHHELD)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Step times against one size: points by provider."""
+    """Step times against one size.
+
+    Attributes:
+        title: of the panel.
+        lines: points by provider, smallest size first; None where others have a time and this one does not.
+        crosses: sizes at which a provider was wrong, failed or was withheld.
+        floor: the least times.
+    """
 
     title: str
-    lines: dict[str, list[tuple[int, StepTime]]] = field(default_factory=dict)
+    lines: dict[str, list[tuple[int, StepTime | None]]] = field(default_factory=dict)
+    crosses: dict[str, list[int]] = field(default_factory=dict)
+    floor: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def places(self) -> list[int]:
-        """All sizes that have a point."""
-        return sorted({x for points in self.lines.values() for x, _ in points})
+        """All sizes that have a point or a cross."""
+        points = (x for line in self.lines.values() for x, _ in line)
+        return sorted({*points, *(x for line in self.crosses.values() for x in line)})
 
 
 @dataclass(frozen=True)
@@ -36,10 +52,11 @@ class Bars:
 
 @dataclass(frozen=True)
 class Ratios:
-    """Ratios of all cases against one other, worst first."""
+    """Ratios against one other, worst first, and of how many cases there are any."""
 
     title: str
     ratios: list[Ratio]
+    all: int
 
 
 def _plain_square(case: Case) -> bool:
@@ -50,15 +67,23 @@ def _plain_square(case: Case) -> bool:
 def _panel(
     campaign: Campaign, mode: str, title: str, wanted: Callable[[Case], bool], x: Callable[[Case], int]
 ) -> Panel:
+    planned = {key: selected_as(key, case) for key, case in campaign.cases.items()}
+    keys = sorted((key for key in campaign.measured if wanted(planned[key])), key=lambda key: x(planned[key]))
+    times: dict[str, dict[str, StepTime]] = {}
     panel = Panel(title)
-    for provider in campaign.providers:
-        points = []
-        for key, case in campaign.cases.items():
-            planned, time = selected_as(key, case), campaign.time(key, provider, mode)
-            if wanted(planned) and time is not None:
-                points.append((x(planned), time))
-        if points:
-            panel.lines[provider] = sorted(points, key=lambda point: point[0])
+    for name in (OURS, *(provider for provider in campaign.providers if provider not in UNDRAWN)):
+        for key in keys:
+            provider = campaign.chosen(key) if name == OURS else name
+            result, time = campaign.results.get((key, provider)), campaign.time(key, provider, mode)
+            if time is not None:
+                times.setdefault(name, {})[key] = time
+            elif result is not None and result.status in BROKEN:
+                panel.crosses.setdefault(name, []).append(x(planned[key]))
+    by_anybody = [key for key in keys if any(key in of_provider for of_provider in times.values())]
+    for name, of_provider in times.items():
+        panel.lines[name] = [(x(planned[key]), of_provider.get(key)) for key in by_anybody]
+    floors = ((x(planned[key]), campaign.floor(key, mode)) for key in by_anybody)
+    panel.floor.extend((place, floor) for place, floor in floors if floor is not None)
     return panel
 
 
@@ -104,16 +129,31 @@ def memory(campaign: Campaign) -> list[Bars]:
     return found
 
 
-def ratios(campaign: Campaign) -> list[Ratios]:
-    """Ours over cuDNN and over the compiled step, in training and inference."""
+def _chosen(campaign: Campaign, found: list[Ratio]) -> list[Ratio]:
+    """Those of the leading cases and those in which ours is slower; of these only the worst if they are too many."""
+    leading = [ratio for ratio in found if ratio.key in campaign.leading]
+    others = [ratio for ratio in found if ratio.losing and ratio not in leading]
+    wanted = [*leading, *others][:MOST_BARS] or found[:MOST_BARS]
+    return [ratio for ratio in found if ratio in wanted]
+
+
+def ratios(campaign: Campaign, *, every: bool = False) -> list[Ratios]:
+    """Ours over cuDNN and over the compiled step, in training and inference; `every` case or the telling ones."""
     panels = []
     for mode in SHOWN_MODES:
         for rival in RIVALS:
             found = campaign.ratios(mode, rival)
             if found:
                 name = "cuDNN (no batch norm)" if rival == CUDNN else rival
-                panels.append(Ratios(f"{mode}: ours / {name}", found))
+                shown = found if every else _chosen(campaign, found)
+                panels.append(Ratios(f"{mode}: ours / {name}", shown, len(found)))
     return panels
+
+
+def all_ratios(campaign: Campaign) -> list[Ratios]:
+    """Those of every case, if `ratios` leaves some out."""
+    left_out = any(len(panel.ratios) < panel.all for panel in ratios(campaign))
+    return ratios(campaign, every=True) if left_out else []
 
 
 CONTENTS: dict[str, Callable[[Campaign], list[Panel] | list[Bars] | list[Ratios]]] = {
@@ -121,6 +161,7 @@ CONTENTS: dict[str, Callable[[Campaign], list[Panel] | list[Bars] | list[Ratios]
     LENGTH: against_length,
     MEMORY: memory,
     RATIOS: ratios,
+    RATIOS_ALL: all_ratios,
 }
 
 
