@@ -21,6 +21,7 @@ LABELS = {
     "sequence": "ours, sequence mode",
     "step": "ours, step mode",
     "sequence, recompute": "ours, sequence mode, recompute",
+    "sequence, device lengths": "ours, sequence mode, lengths on the device",
     "compiled step": "compiled step, CUDA graph",
     "compiled loop": "compiled loop",
     "reference": "reference, eager",

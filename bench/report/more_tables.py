@@ -332,4 +332,16 @@ def _first_calls(sheet: Sheet) -> list[str]:
     text = "Seconds of the first training step, compilers included."
     head = ["case", "provider", "caches empty, s", "caches filled, s"]
     lines = [text, *sheet.table(head, rows, left=2)] if rows else []
-    return [*lines, *(["Not timed:", "", *untimed] if untimed else [])]
+    lines += ["Not timed:", "", *untimed] if untimed else []
+    return [*lines, *_compiled_loop(campaign)]
+
+
+def _compiled_loop(campaign: Campaign) -> list[str]:
+    """What torch.compile takes for a loop over all steps, or that it was not through when its time was."""
+    told = []
+    for (key, provider), result in campaign.results.items():
+        if provider == "compiled loop":
+            seconds = usable(result.first_call_s)
+            what = f"{number(seconds)} s" if seconds is not None else escape(result.why)
+            told.append(f"- {inline(campaign, key)}: {what}")
+    return ["First training step of the compiled loop over all steps:", "", *told] if told else []

@@ -91,6 +91,7 @@ def _wall(sheet: Sheet, keys: Sequence[str]) -> list[str]:
         return []
     text = (
         "Milliseconds on the host's clock for a whole training step, forward and backward over all T time steps, "
-        "called without a graph, from an idle device until it is idle again:"
+        "called as its users do (the compiled step as a replay of its graph, all others launch by launch), from an "
+        "idle device until it is idle again:"
     )
     return [text, *sheet.table([CASE_HEAD, "ours", *(escape(label(name)) for name in shown)], rows)]
