@@ -399,10 +399,10 @@ def test_the_log_does_not_tell_where_it_was_written(fake):
     fake().run()
     log = fake.file.with_name("campaign.log")
     with log.open("a") as file:
-        file.write(f"rootdir: {ROOT}/tests\n")
+        file.write(f"rootdir: {ROOT}/tests, {fake.file}\n")
     fake([records.read(fake.file)]).run()
     assert str(ROOT) not in log.read_text()
-    assert "rootdir: ./tests" in log.read_text()
+    assert "rootdir: ./tests, DIR/campaign.json" in log.read_text()
 
 
 def test_a_record_of_another_machine_is_neither_gone_on_with_nor_lost(fake):

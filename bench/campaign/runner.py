@@ -140,7 +140,8 @@ class Campaign:
         """It is to be kept beside the record: where things are on this machine is nobody's affair."""
         path = self.out / "campaign.log"
         text = path.read_text(encoding="utf-8", errors="replace")
-        for where, name in ((str(ROOT), "."), (sys.prefix, "<python>"), (str(Path.home()), "~")):
+        places = {self.out.absolute(): "DIR", self.out.resolve(): "DIR", ROOT: ".", sys.prefix: "<python>"}
+        for where, name in ((str(place), name) for place, name in [*places.items(), (Path.home(), "~")]):
             if len(where) > 1:
                 text = text.replace(where, name)
         path.write_text(text, encoding="utf-8")
