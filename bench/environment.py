@@ -35,13 +35,18 @@ def versions() -> dict[str, Any]:
     return found | {module: version_of(module) for module in ("triton", "numpy", "triton_bnlstm")}
 
 
-def _asked(*command: str) -> str | None:
+def asked(*command: str) -> str | None:
     """First line that a program prints, None where it cannot be run."""
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, cwd=Path(__file__).parent)
         return ran.stdout.strip().splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return None
+
+
+def state() -> str | None:
+    """Clock, temperature and power of the first GPU just now."""
+    return asked("nvidia-smi", "--query-gpu=clocks.sm,temperature.gpu,power.draw", "--format=csv,noheader")
 
 
 def cpu_name() -> str:
@@ -72,8 +77,8 @@ def device_info() -> dict[str, Any]:
         "memory_bytes": p.total_memory,
         "l2_bytes": l2_bytes(on),
         **host,
-        "driver": _asked("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "limits": _asked(
+        "driver": asked("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "limits": asked(
             "nvidia-smi", "--query-gpu=clocks.max.sm,clocks.max.memory,power.limit", "--format=csv,noheader"
         ),
     }

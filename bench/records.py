@@ -4,8 +4,8 @@
     dry_run       true: toy sizes on a CPU, in the interpreter; figures mean nothing
     device        name, slug, capability, multiprocessors, memory_bytes, l2_bytes, driver
     versions      of python, torch, cuda, cudnn, triton, numpy, triton_bnlstm
-    runs          one per command: command, utc, seconds, source, load, and what may change from one to the next:
-                  driver, limits, cpu, python, numpy
+    runs          one per command: command, utc, seconds, source, code, commit, seed, load, state (clock, temperature
+                  and power at its end), and what may change from one to the next: driver, limits, cpu, python, numpy
     tests         passed, failed (a message by test), skipped, unfinished; source
     ceilings      figures of `ceilings.Ceilings`, and source
     cases         fields of `cases.Case` by key

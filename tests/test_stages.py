@@ -247,3 +247,14 @@ def test_machine_code_lacks_the_stage_and_only_that(tmp_path):
             assert {what: code[what] for what in kept} == {what: whole[what] for what in kept}, (way, stage)
             # what gives tiles their layout is left of the product
             assert code[gone] <= (whole[gone] // 8 if gone == "matrix" else 0), (way, stage)
+
+
+def test_each_way_has_its_own_time_in_microseconds(monkeypatch, few_stages):
+    monkeypatch.setattr(stages, "sample", lambda calls, device: [1e-3, 5e-3][: len(calls)])
+    forward, backward = stages.measure(CASE.toy(), torch.device(DEVICE), rounds=1)
+    assert (forward["way"], forward["whole_us"]) == ("forward", pytest.approx(1000))
+    assert (backward["way"], backward["whole_us"]) == ("backward", pytest.approx(5000))
+    assert backward["without_us"] == {"gates": pytest.approx(5000)}
+    skipped = stages.measure(CASE.toy(), torch.device(DEVICE), rounds=1, skip={"forward, gates": "it crashed"})
+    assert skipped[0]["failed"]["gates"] == "it crashed"
+    assert "gates" not in skipped[0]["without_us"]

@@ -36,6 +36,16 @@ def kill(process: subprocess.Popen[Any]) -> None:
         process.wait(10)
 
 
+def clean(log: Path, out: Path) -> None:
+    """Take out of the log where things are on this machine: it is to be kept beside the record."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    places = {out.absolute(): "DIR", out.resolve(): "DIR", ROOT: ".", sys.prefix: "<python>"}
+    for where, name in ((str(place), name) for place, name in [*places.items(), (Path.home(), "~")]):
+        if len(where) > 1:
+            text = text.replace(where, name)
+    log.write_text(text, encoding="utf-8")
+
+
 def ending(code: int) -> str:
     """What an exit status means, in words."""
     if code < 0:

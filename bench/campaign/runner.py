@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -17,10 +16,12 @@ from typing import IO, Any
 
 from .. import records
 from ..cases import Case
+from ..environment import asked, state
+from ..problem import Problem
 from ..providers import PROVIDERS
 from . import gpu_tests
 from .plan import SILENCE_S, Item, items, toy_items, warm_items
-from .processes import ROOT, Gone, Silent, Worker
+from .processes import Gone, Silent, Worker, clean
 
 # Shares of the time: tests that are left after theirs go on in the next campaign, and so does what is not warm.
 TESTS_SHARE, WARM_SHARE = 0.4, 0.25
@@ -136,23 +137,14 @@ class Campaign:
             self.say(f"{undone} of {len(todo)} items are left: {again}" if undone else "all items are done")
             return int(bool(self.record["tests"].get("failed")))
 
-    def _clean_log(self) -> None:
-        """It is to be kept beside the record: where things are on this machine is nobody's affair."""
-        path = self.out / "campaign.log"
-        text = path.read_text(encoding="utf-8", errors="replace")
-        places = {self.out.absolute(): "DIR", self.out.resolve(): "DIR", ROOT: ".", sys.prefix: "<python>"}
-        for where, name in ((str(place), name) for place, name in [*places.items(), (Path.home(), "~")]):
-            if len(where) > 1:
-                text = text.replace(where, name)
-        path.write_text(text, encoding="utf-8")
-
     def _end(self) -> None:
         if self.worker is not None:
             self.worker.stop()
         if self.record["runs"]:
             self.record["runs"][-1]["seconds"] = round(time.monotonic() - self.began, 1)
+            self.record["runs"][-1]["state"] = state()
             self.write()
-        self._clean_log()
+        clean(self.out / "campaign.log", self.out)
 
     def write(self) -> None:
         """The record, in one file."""
@@ -200,6 +192,8 @@ class Campaign:
             "source": self.source,
             "code": self.code,
             "load": load,
+            "seed": Problem.seed,
+            "commit": asked("git", "rev-parse", "HEAD"),
         }
         run |= {name: now["device"][name] for name in ("driver", "limits", "cpu") if name in now["device"]}
         run |= {name: now["versions"][name] for name in ("python", "numpy") if name in now["versions"]}
