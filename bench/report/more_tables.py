@@ -170,7 +170,10 @@ def _wall(sheet: Sheet) -> list[str]:
         return "<br>".join(number(None if wall is None else wall / steps) for wall in walls)
 
     found = _by_provider(sheet, campaign.measured, cell)
-    text = "Called without a graph, from an idle device until it is idle again; training above, inference below."
+    text = (
+        "Called as users do, the compiled step as a replay of its graph, from an idle device until it is idle again; "
+        "training above, inference below."
+    )
     return [text, *found] if found else []
 
 
