@@ -86,6 +86,7 @@ def saved_bytes(problem: Problem, model: Model) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in given:
             kept[storage.data_ptr()] = storage.nbytes()
+        tensor = tensor.detach()  # with its graph it would keep the graph, and the graph it, for ever
         held.append(tensor)
         return tensor
 

@@ -138,7 +138,8 @@ class _Round:
                 raise DeviceLost(name, error) from error
             del self.runners[name]
             result = self.found[name]
-            result.status, result.why, result.modes = records.FAILED, f"{type(error).__name__}: {short(error)}", {}
+            if what == "time":  # an error behind that leaves the device's times as they are
+                result.status, result.why = records.FAILED, f"{type(error).__name__}: {short(error)}"
 
 
 def _times(
@@ -186,13 +187,14 @@ def _how(runner: Runner, mode: str) -> str:
     return runner.how_inference if mode == "inference" else runner.how
 
 
-def _prepare(problem: Problem, provider: Provider, result: Result, limit_s: float | None) -> Model | None:
+def _prepare(problem: Problem, provider: Provider, result: Result, limit_s: float | None, tell: Tell) -> Model | None:
     """The provider's model, if it can run the case and is right; what became of it goes into `result`."""
     try:
         with time_limit(limit_s or provider.limit_s or 3600):
             model = provider.build(problem)
             result.layout = model.layout
             result.errors, result.first_call_s = check(problem, model)
+        tell(provider.name, "check")
         result.why = why_wrong(problem, result.errors)
         if result.why:
             result.status = records.WRONG
@@ -274,7 +276,7 @@ def measure(
                 result.status, result.why = records.WITHHELD, withheld[name]
                 continue
             tell(name, "prepare")
-            model = _prepare(problem, provider, result, limit_s)
+            model = _prepare(problem, provider, result, limit_s, tell)
             if model is None or not timed:
                 continue
             try:
@@ -282,10 +284,12 @@ def measure(
                 runners[name], models[name] = runner_of(problem, model, plain.get(name)), model
             except CaptureFailed as error:
                 raise CannotCapture(name, error) from error
+            except Unavailable as error:
+                result.status, result.why = records.FAILED, short(error)
             except Exception as error:
                 if is_lost(device):
                     raise DeviceLost(name, error) from error
-                result.status, result.why = records.FAILED, short(error)
+                result.status, result.why = records.FAILED, f"{type(error).__name__}: {short(error)}"
         turn = _Round(problem, runners, found, tell)
         for name, by_mode in _times(problem, runners, rounds, seconds, modes, turn).items():
             found[name].modes = by_mode

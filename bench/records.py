@@ -6,7 +6,8 @@
     versions      of python, torch, cuda, cudnn, triton, numpy, triton_bnlstm
     runs          one per command: command, utc, seconds, source, code, commit, seed, load, state (clock, temperature
                   and power at its end), and what may change from one to the next: driver, limits, cpu, python, numpy
-    tests         passed, failed (a message by test), skipped, unfinished; source
+    tests         passed, failed (a message by test), skipped, unfinished; seen: those that passed or were skipped;
+                  source, code
     ceilings      figures of `ceilings.Ceilings`, and source
     cases         fields of `cases.Case` by key
     results       one per case and provider, see `Result`
@@ -85,7 +86,7 @@ class Result:
         modes: times by mode.
         errors: largest relative RMS error against float64 by what was compared ("outputs", "gradients", "inference").
         saved_bytes: kept from forward for backward. peak_bytes: most memory of a training step besides what was there.
-        first_call_s: seconds of the process's first training step, compilers included.
+        first_call_s: seconds of the process's first training step, with what the compilers' caches did not hold.
         layout: of the kernels, forward and backward.
         source: fingerprint of the library.
     """
@@ -163,7 +164,7 @@ def add_floors(record: dict[str, Any]) -> None:
             if key not in least:
                 try:
                     found = floor(Case(**record["cases"][key[0]]), mode, ceilings, record["device"]["multiprocessors"])
-                except ArithmeticError:  # a ceiling that was measured as nothing
+                except (ArithmeticError, KeyError, TypeError):  # a ceiling measured as nothing, a case not described
                     found = None
                 least[key] = None if found is None else 1e6 * found.total_seconds
             timing["floor_us"] = least[key]

@@ -310,6 +310,7 @@ def _measure_way(
         without = _ready(problem, way, stage, layout, graphed, failed, stage)
         if without is not None:
             timed[stage] = without
+    tell(way, "time")
     taken: dict[str, list[float]] = {stage: [] for stage in timed}
     for _ in range(rounds):
         for stage, each in timed.items():

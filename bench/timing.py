@@ -116,6 +116,7 @@ def captured(
 
     Raises:
         CaptureFailed: it cannot be captured.
+        torch.OutOfMemoryError: there is no memory for it.
     """
     if warm is not None:
         stream = torch.cuda.Stream()
@@ -129,6 +130,8 @@ def captured(
     try:
         with torch.cuda.graph(graph, pool=pool):
             result = call()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise CaptureFailed(f"{type(error).__name__}: {error}") from error
     return graph, result

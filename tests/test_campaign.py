@@ -132,6 +132,7 @@ def test_crashes_and_hangs_are_noted_and_the_rest_goes_on(fake):
         "skipped": 1,
         "failed": {FAILING: "step mode, off"},
         "unfinished": [],
+        "seen": [],
         "source": records.source(),
         "code": records.code(),
     }

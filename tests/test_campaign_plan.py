@@ -120,6 +120,7 @@ def test_a_pool_outlives_tests_that_crash_and_hang(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_tests, "SECONDS_OF_A_PROCESS", 6.0)
     monkeypatch.setattr(gpu_tests, "SECONDS_OF_A_TEST", 0.0)
+    monkeypatch.setattr(gpu_tests, "CHUNK", 6)
     tests = gpu_tests.collect(60, ("tests/test_gpu.py",))
     assert len(tests) == 8
     said: list[str] = []
@@ -170,3 +171,23 @@ def test_output_that_is_no_text_costs_nothing(tmp_path, monkeypatch):
     tests = ["tests/test_gpu.py::test_bytes"]
     found = gpu_tests.Pool(lambda text: None, tmp_path / "log", 1, time.monotonic() + 60).run(tests)
     assert (list(found.failed), found.unfinished) == (tests, [])
+
+
+def test_a_test_that_is_no_more_costs_the_others_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    text = "import pytest\n@pytest.mark.gpu\n@pytest.mark.parametrize('k', range(3))\ndef test_a(k): pass\n"
+    (tmp_path / "tests" / "test_gpu.py").write_text(text)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\n")
+    tests = [f"tests/test_gpu.py::test_a[{k}]" for k in (0, 7, 2)]
+    pool = gpu_tests.Pool(lambda text: None, tmp_path / "log", 1, time.monotonic() + 60)
+    found = pool.run(tests)
+    assert (found.passed, found.skipped, found.failed, found.unfinished) == (2, 1, {}, [])
+    assert pool.seen == set(tests)
+
+
+def test_few_tests_are_spread_and_slow_ones_left_out():
+    tests = [f"tests/test_gpu.py::test_a[{k}]" for k in range(5)]
+    assert [len(chunk) for chunk in gpu_tests.chunks(tests, 2)] == [3, 2]
+    assert [len(chunk) for chunk in gpu_tests.chunks(tests, 14)] == [1] * 5
+    assert not any("compute_sanitizer" in test for test in gpu_tests.collect(120))

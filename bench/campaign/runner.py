@@ -29,6 +29,8 @@ TESTS_SHARE, WARM_SHARE = 0.4, 0.25
 RESERVE_S = 5.0
 # What is measured of sequence mode only where it was right.
 BAD = (records.WRONG, records.FAILED, records.WITHHELD)
+# How often an item is begun, each time without who has ended its worker; where nobody can be left out, once.
+ATTEMPTS = {"tune": 4, "stages": 4, "profile": 1, "counters": 1, "first_call": 1}
 CHECKED_BY_BENCH = ("tune", "stages", "profile", "counters")
 WARM_ITEMS = 28
 
@@ -174,7 +176,7 @@ class Campaign:
                 self.record["done"] = [
                     entry
                     for entry in before["done"]
-                    if entry["source"] == self.source and (entry["ok"] or entry["code"] == self.code)
+                    if entry["source"] == self.source and (entry.get("ok") or entry.get("code") == self.code)
                 ]
                 break
             if path.parent.resolve() == self.out.resolve():
@@ -211,10 +213,10 @@ class Campaign:
         changed = before.get("code") != self.code
         deadline = time.monotonic() + min(self.left, 60 * self.minutes * TESTS_SHARE)
         try:
-            if again:
-                tests = [*before["unfinished"], *(before["failed"] if changed else ())]
-            else:
-                tests = gpu_tests.collect(max(10.0, min(120.0, self.left)))
+            tests = before["unfinished"] if again else []
+            if not again or changed:
+                passed = set(before.get("seen", ())) if again else set()
+                tests = [t for t in gpu_tests.collect(max(10.0, min(120.0, self.left))) if t not in passed]
         except Exception as error:
             self.say(f"GPU tests: {error}")
             self.record["tests"] = {"passed": 0, "skipped": 0, "failed": {"collection": str(error)[:300]}}
@@ -234,8 +236,10 @@ class Campaign:
             self.record["tests"] = {
                 "passed": earlier["passed"] + found.passed,
                 "skipped": earlier["skipped"] + found.skipped,
-                "failed": {t: why for t, why in earlier["failed"].items() if t not in pool.seen} | found.failed,
-                "unfinished": [t for t in tests if t not in pool.seen and t not in earlier["failed"]],
+                "failed": {t: why for t, why in earlier["failed"].items() if t not in tests} | found.failed,
+                # those that took too long come last the next time
+                "unfinished": sorted((t for t in tests if t not in pool.seen), key=lambda t: t in found.slow),
+                "seen": sorted({*earlier.get("seen", ()), *pool.seen} - set(found.failed)),
                 "source": self.source,
                 "code": self.code,
             }
@@ -332,7 +336,7 @@ class Campaign:
         if item.fresh:
             self._drop()
         begun = 0
-        for _ in range(20):
+        for _ in range(ATTEMPTS.get(item.kind, 20)):
             at, why, captured = ["", ""], "", True
             try:
                 if self.worker is None:
@@ -392,6 +396,7 @@ class Campaign:
         assert item.case is not None
         (provider,) = item.options["providers"]
         entry: dict[str, Any] = {"case": item.case.key, "provider": provider, "source": self.source}
+        entry |= {"cold_s": None, "warm_s": None}
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             caches = {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
             for name in ("cold_s", "warm_s"):
@@ -401,6 +406,8 @@ class Campaign:
                 if not answers and self.left < 1:
                     return False
                 entry[name] = answers[0]["first_calls"][0]["seconds"] if answers else None
+                if not answers:
+                    break  # caches that are filled in part tell nothing
         if None in entry.values():
             entry["why"] = "see the campaign's log"
         self.merge({"first_calls": [entry]}, item.case)

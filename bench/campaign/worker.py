@@ -155,6 +155,8 @@ def main() -> None:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             answer(done=found)
+            if "out of memory" in json.dumps(found):
+                return  # what is left of it in this process would be missing in the next case
         except DeviceLost as error:
             answer(lost=[error.provider, str(error)])
             return
