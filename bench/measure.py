@@ -187,10 +187,10 @@ def _how(runner: Runner, mode: str) -> str:
     return runner.how_inference if mode == "inference" else runner.how
 
 
-def _prepare(problem: Problem, provider: Provider, result: Result, limit_s: float | None, tell: Tell) -> Model | None:
+def _prepare(problem: Problem, provider: Provider, result: Result, tell: Tell) -> Model | None:
     """The provider's model, if it can run the case and is right; what became of it goes into `result`."""
     try:
-        with time_limit(limit_s or provider.limit_s or 3600):
+        with time_limit(provider.limit_s or 3600):
             model = provider.build(problem)
             result.layout = model.layout
             result.errors, result.first_call_s = check(problem, model)
@@ -204,7 +204,7 @@ def _prepare(problem: Problem, provider: Provider, result: Result, limit_s: floa
     except Unavailable as error:
         result.status, result.why = records.CANNOT, short(error)
     except TimeUp:
-        result.status, result.why = records.FAILED, f"no first training step within {limit_s or provider.limit_s:.0f} s"
+        result.status, result.why = records.FAILED, f"no first training step within {provider.limit_s:.0f} s"
     except Exception as error:
         if is_lost(problem.device):
             raise DeviceLost(provider.name, error) from error
@@ -243,7 +243,6 @@ def measure(
     plain: dict[str, str] | None = None,
     timed: bool = True,
     modes: Collection[str] = MODES,
-    limit_s: float | None = None,
     tell: Tell = lambda provider, what: None,
 ) -> list[Result]:
     """All providers in one case, in every mode.
@@ -256,7 +255,6 @@ def measure(
         plain: reasons, by provider's name, not to capture its calls in graphs.
         timed: False: only check.
         modes: which of `MODES` are timed; forward, backward and training come together.
-        limit_s: seconds for each provider's first training step, instead of the provider's own limit.
         tell: is told which provider is at what.
 
     Raises:
@@ -276,7 +274,7 @@ def measure(
                 result.status, result.why = records.WITHHELD, withheld[name]
                 continue
             tell(name, "prepare")
-            model = _prepare(problem, provider, result, limit_s, tell)
+            model = _prepare(problem, provider, result, tell)
             if model is None or not timed:
                 continue
             try:

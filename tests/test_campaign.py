@@ -38,6 +38,9 @@ for line in sys.stdin:
         device = {"name": "Fake", "slug": "fake", "type": "cuda", "multiprocessors": 4}
         answer(done={"device": device, "versions": {"torch": "1", "triton": "2"}})
         continue
+    if item["kind"] == "counters":
+        answer(done={"counters": [{"case": "c", "counters": {"why": "not here"}}]})
+        continue
     if item["kind"] == "first_call":
         answer(done={"first_calls": [{"seconds": float(os.getpid())}]})
         continue
@@ -252,6 +255,16 @@ def test_first_calls_have_processes_and_caches_of_their_own(fake, monkeypatch):
     assert [set(environment) & names for environment in environments] == [set(), names, names, set()]
     assert environments[1] == environments[2]
     assert not Path(environments[1]["TRITON_CACHE_DIR"]).parent.exists()
+
+
+def test_a_worker_that_the_item_before_has_ended_costs_no_attempt(fake, monkeypatch):
+    assert runner.ATTEMPTS["counters"] == 1
+    items = [plan.Item("ceilings", estimate_s=1.0), plan.Item("counters", Case(64, 128, 100, 128), 1.0)]
+    monkeypatch.setattr(runner, "items", lambda: items)
+    fake().run()  # the worker ends behind the ceilings
+    record = records.read(fake.file)
+    assert record["troubles"] == []
+    assert record["kernels"][0]["counters"] == {"why": "not here"}
 
 
 def test_a_compilers_limit_is_the_campaigns_too():

@@ -335,9 +335,9 @@ class Campaign:
         plain: dict[str, str] = {}
         if item.fresh:
             self._drop()
-        begun = 0
-        for _ in range(ATTEMPTS.get(item.kind, 20)):
-            at, why, captured = ["", ""], "", True
+        attempts, restarted, why = ATTEMPTS.get(item.kind, 20), False, ""
+        while attempts:
+            at, captured = ["", ""], True
             try:
                 if self.worker is None:
                     self.worker = Worker(self.log, {**self.environment, **(environment or {})})
@@ -363,9 +363,10 @@ class Campaign:
                     return False  # not its fault
                 why = f"{error}, at: {at[1]}" if at[1] else str(error)
             self._drop()
-            if not at[0] and not begun:
-                begun = 1  # it may have died of the item before
+            if not at[0] and not restarted:
+                restarted = True  # it may have died of the item before, which is no attempt
                 continue
+            attempts -= 1
             self.say(f"  {at[0] or item.key}: {why}")
             if not captured and at[0] not in plain:
                 plain[at[0]] = why
