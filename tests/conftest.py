@@ -26,6 +26,22 @@ if settings is not None:
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many schedules tests/test_schedules.py tries, and which."""
+    group = parser.getgroup("schedules of programs that meet")
+    group.addoption("--schedules", type=int, metavar="N", help="of each case (default: 20)")
+    group.addoption("--first-schedule", type=int, default=0, metavar="SEED", help="first seed (default: %(default)s)")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _language_is_patched_once():
+    try:
+        from tests.support.interpreter import patch_language_once
+    except ModuleNotFoundError:  # no Triton: nothing to patch
+        return
+    patch_language_once()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped, and counted, where there is no GPU."""
     if not torch.cuda.is_available():

@@ -1,6 +1,6 @@
 """Sequence mode, all steps in one launch, is step mode bit for bit; and a grid barrier that fails does not go unseen.
 
-Programs run as processes here (`tests.concurrent`), so that they really meet at the barrier.
+Programs run as processes here (`tests.support.concurrent`), so that they really meet at the barrier.
 """
 
 from __future__ import annotations
@@ -9,34 +9,37 @@ import os
 import signal
 import time
 from dataclasses import replace
-from functools import cache
 
 import pytest
-import torch
 
-from tests.support import make_layer, need_kernels
+from tests.support import need_kernels
 
 pytest.importorskip("triton")
 
 import triton.language as tl
 
-from tests.concurrent import ProgramsError, program_place, programs_at_once
+from tests.support.concurrent import ProgramsError, programs_at_once
+from tests.support.interpreter import program_place
+from tests.support.sequence_case import (
+    BACKWARD,
+    DIVIDED,
+    EQUAL,
+    PLAIN,
+    RAGGED,
+    RAGGED_TILES,
+    RESIDENT,
+    STEPS,
+    call,
+    call_by_steps,
+    differing,
+)
 from triton_bnlstm import fused_backward
 from triton_bnlstm.kernels import backward, forward, inference, launch
-from triton_bnlstm.kernels.config import BackwardConfig, Config, use_config
 from triton_bnlstm.kernels.errors import KernelError
 
 need_kernels()
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="kernels are compiled here: they run on a GPU")
 
-STEPS = 3
-PLAIN = Config(sequence=True, units=4, batch_tile=16, inner=16, resident=False, warps=4, stages=1)
-BACKWARD = BackwardConfig(sequence=True, units=4, batch_tile=16, inner=16, resident=False, warps=4, stages=1)
-DIVIDED = replace(BACKWARD, splits=2)
-RESIDENT = replace(PLAIN, resident=True)
-EQUAL = None
-RAGGED = (2, 3, 1, 3, 2)
-RAGGED_TILES = (3, 1) * 9  # at first 18 rows in two tiles of 16, from the second step on 9 rows in one
 KERNELS = {"forward": forward, "inference": inference, "backward": backward, "backward in parts": backward}
 
 of_lengths = pytest.mark.parametrize("lengths", [EQUAL, RAGGED], ids=["equal", "ragged"])
@@ -48,63 +51,17 @@ of_mode = pytest.mark.parametrize("training", [False, True], ids=["eval", "train
 of_kernels = pytest.mark.parametrize("kernel", KERNELS)
 
 
-def run(
-    config,
-    *,
-    backward=None,
-    training=True,
-    hidden=8,
-    batch=5,
-    lengths=EQUAL,
-    grad=True,
-    input_size=3,
-    limit=60.0,
-    **options,
-):
-    """Every tensor that a call gives or changes by name, and the grids of the launches whose programs met.
-
-    backward: the layout of that kernel, None for one in step mode.
-    """
-    options = {"bidirectional": True, "cell_norm": True, **options}
-    layer = make_layer(input_size, hidden, dtype=torch.float32, backend="triton", **options).train(training)
-    directions = 2 if options["bidirectional"] else 1
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(STEPS, batch, input_size, generator=generator).requires_grad_(grad)
-    hx = tuple(torch.randn(directions, batch, hidden, generator=generator) for _ in range(2))
-    layout = backward or replace(BACKWARD, sequence=False)
-    with torch.set_grad_enabled(grad), use_config(config, backward=layout), programs_at_once(limit) as grids:
-        output, (h_n, c_n) = layer(x, hx, lengths and list(lengths))
-        if grad:  # made from the states of all steps: a wrong cell state in between would show here
-            (output.square().sum() + h_n.sum() + c_n.square().sum()).backward()
-    found = {"output": output.detach(), "h_n": h_n.detach(), "c_n": c_n.detach()}
-    found |= {name: buffer.clone() for name, buffer in layer.named_buffers()}
-    if grad:
-        found |= {f"gradient of {name}": p.grad for name, p in layer.named_parameters()}
-        found["gradient of x"] = x.grad
-    return found, grids
-
-
-@cache
-def run_by_steps(**case):
-    config = case.pop("config", PLAIN)
-    back = case.pop("backward", None)
-    back = back and replace(back, sequence=False)
-    found, met = run(replace(config, sequence=False), backward=back, **case)
-    assert met == []
-    return found
-
-
-def differing(a, b):
-    """Names of tensors that are not the same bit for bit; NaN is never the same."""
-    assert a.keys() == b.keys()
-    return [name for name in a if not torch.equal(a[name], b[name])]
+def run(config, *, limit=60.0, **case):
+    """Every tensor that a call gives or changes by name, and the grids of the launches whose programs met."""
+    with programs_at_once(limit) as grids:
+        return call(config, **case), grids
 
 
 def assert_same_as_steps(*grids, **case):
     """Sequence mode ran in launches with these grids and gave what step mode gives."""
     found, met = run(**{"config": PLAIN, **case})
     assert met == list(grids)
-    assert differing(found, run_by_steps(**case)) == []
+    assert differing(found, call_by_steps(**case)) == []
 
 
 @of_cells
@@ -230,7 +187,7 @@ def test_a_slow_program_is_waited_for(monkeypatch, kernel, slow):
     found, met = run(**case)
     monkeypatch.undo()
     assert len(met) == 1
-    assert differing(found, run_by_steps(**case)) == []
+    assert differing(found, call_by_steps(**case)) == []
 
 
 # the layer, too, sees what a training step with garbage in it has given
@@ -259,7 +216,7 @@ def test_a_barrier_that_does_not_wait_is_seen(monkeypatch, kernel, tiles, missin
     monkeypatch.undo()
     assert len(met) == 1
     wrong = {"gradient of x", "gradient of weight_hh_l0"} if case["grad"] else {"output", "h_n", "c_n"}
-    assert wrong <= set(differing(found, run_by_steps(**case)))
+    assert wrong <= set(differing(found, call_by_steps(**case)))
 
 
 @of_kernels
@@ -273,7 +230,7 @@ def test_a_program_that_never_arrives_is_told(monkeypatch, kernel):
             real_arrive(counter_ptr)
 
     monkeypatch.setattr(module, "arrive", arrive)
-    with pytest.raises(ProgramsError, match=r"not finished after 5 s: \(0, 0, 0\), \(1, 0, 0\)$"):
+    with pytest.raises(ProgramsError, match=r"not finished after 5 s: \(0, 0, 0\), \(1, 0, 0\)\n"):
         run(limit=5.0, **case_of(kernel))
 
 

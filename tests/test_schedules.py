@@ -1,0 +1,274 @@
+"""Sequence mode under many schedules: bit for bit what step mode gives, whoever is slow, and in whatever order."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+
+from tests.support import need_kernels
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from tests.support.concurrent import MOST_PROGRAMS, Programs, ProgramsError, programs_at_once
+from tests.support.interpreter import program_place
+from tests.support.launches import Copies, recording
+from tests.support.sequence_case import CASES, DIVIDED, PLAIN, RAGGED, call, call_by_steps, differing, recorded
+from tests.support.turns import StuckError, Turns
+from tests.support.weak_memory import OutOfBoundsError, WeakMemory
+from triton_bnlstm.kernels import launch
+
+need_kernels()
+pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="kernels are compiled here: they run on a GPU")
+
+LIMIT = 60.0  # seconds of a schedule, which takes a tenth of one: a machine may be busy, a hang lasts for ever
+
+
+def schedules(request, default):
+    """Seeds of the schedules that are asked for, else of so many."""
+    first, number = request.config.getoption("--first-schedule"), request.config.getoption("--schedules")
+    return range(first, first + (default if number is None else number))
+
+
+def again(request, seed):
+    """How to repeat a schedule, as a failure tells it."""
+    return f"schedule {seed}; again: pytest '{request.node.nodeid}' --first-schedule {seed} --schedules 1"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_programs_at_once(request, name):
+    """One process for each program, with naps around their accesses to what they share."""
+    launched = recorded(name)
+    kwargs = {**launched.constants, **launched.options}
+    with Programs(
+        launched.kernel, launched.grid, (*launched.tensors, *launched.scalars), kwargs, launched.shared
+    ) as programs:
+        for seed in schedules(request, 20):
+            programs.reset()
+            try:
+                programs.run(LIMIT, seed)
+            except ProgramsError as error:
+                pytest.fail(f"{again(request, seed)}\n{error}", pytrace=False)
+            wrong = launched.differing(programs.args[: len(launched.tensors)])
+            assert wrong == [], again(request, seed)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weak_memory(request, name):
+    """Programs take turns, and see of each other only what the barrier makes them see. The seed says everything."""
+    launched = recorded(name)
+    for seed in schedules(request, 6):
+        tensors, outcome = weakly(launched, seed)
+        assert outcome.races == [], again(request, seed)
+        assert launched.differing(tensors) == [], again(request, seed)
+
+
+def weakly(launched, seed):
+    copies = Copies()
+    tensors = tuple(copies.of(tensor) for tensor in launched.tensors)
+    memory = WeakMemory(launched.kernel, launched.grid, tensors, launched.names, seed)
+    return tensors, memory.run(lambda: launched.call(tensors))
+
+
+def test_recorded_launches_are_step_mode():
+    """What schedules are held against is what a layer in step mode gives, in all that a caller sees."""
+    case = {"lengths": RAGGED, "backward": DIVIDED}
+    with recording() as launches:
+        found = call(PLAIN, **case)
+    assert [each.kernel.__name__ for each in launches] == ["forward_kernel", "backward_kernel"]
+    assert differing(found, call_by_steps(**case)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("forward, equal", {"h_ptr", "counter_ptr"}),
+        ("backward, equal", {"d_z_ptr", "deviation_ptr", "counter_ptr"}),  # one memory
+        ("backward, in parts, equal", {"d_z_ptr", "deviation_ptr", "parts_ptr", "counter_ptr"}),
+        ("evaluation, ragged", {"h_ptr", "counter_ptr"}),
+    ],
+)
+def test_what_programs_share_is_found(name, expected):
+    launched = recorded(name)
+    assert {launched.names[k] for k in launched.shared} == expected
+
+
+def test_a_hang_is_told_with_every_position(monkeypatch):
+    """Of those that wait, where and for what; of those that are done, that they are."""
+    from triton_bnlstm.kernels import forward
+
+    real = forward.arrive
+
+    def arrive(counter_ptr):
+        if program_place() != (1, 0, 0):
+            real(counter_ptr)
+
+    monkeypatch.setattr(forward, "arrive", arrive)
+    with pytest.raises(ProgramsError) as caught, programs_at_once(limit=2.0):
+        call(PLAIN, grad=False)
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("not finished after 2 s: (0, 0, 0), (1, 0, 0)")
+    waits = r"barrier.py:\d+ in wait, called from forward.py:\d+ in forward_kernel \(t = 1, target = 2\)"
+    assert [re.sub(waits, "waits", line) for line in lines[1:]] == [
+        "  program (0, 0, 0): waits",
+        "  program (0, 1, 0): finished",
+        "  program (1, 0, 0): waits",
+        "  program (1, 1, 0): finished",
+    ]
+    launched = recorded("forward, equal")
+    with pytest.raises(StuckError) as stuck:
+        weakly(launched, 0)
+    assert len(re.findall(waits, str(stuck.value))) == 2
+
+
+def test_a_grid_that_is_too_large_is_refused():
+    launched = recorded("forward, equal")
+    with pytest.raises(ValueError, match=f"at most {MOST_PROGRAMS} programs"):
+        Programs(launched.kernel, (MOST_PROGRAMS // 2, 3), launched.tensors, {})
+
+
+def test_a_seed_says_everything():
+    """Of programs that take turns: two runs are the same, choice by choice, and two seeds are not."""
+
+    def order(seed):
+        seen = []
+        turns = Turns(["a", "b", "c"], seed)
+
+        def body(own):
+            for _ in range(5):
+                seen.append(own)
+                turns.give_way(own)
+
+        turns.run(body)
+        return seen
+
+    orders = {seed: order(seed) for seed in range(12)}
+    assert all(order(seed) == orders[seed] for seed in orders)
+    assert len({tuple(each) for each in orders.values()}) > 8
+    assert all(sorted(each) == sorted([0, 1, 2] * 5) for each in orders.values())
+
+
+@triton.jit
+def message(
+    data_ptr, flag_ptr, out_ptr, SEND: tl.constexpr, TAKE: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr
+):
+    """Program 0 writes data and raises a flag; program 1 waits for the flag and reads the data."""
+    lane = tl.arange(0, 8)
+    if tl.program_id(0) == 0:
+        tl.store(data_ptr + lane, lane + 1)
+        if BEFORE:
+            tl.debug_barrier()
+        tl.atomic_add(flag_ptr, 1, sem=SEND)
+    else:
+        while tl.atomic_add(flag_ptr, 0, sem=TAKE) < 1:
+            pass
+        if AFTER:
+            tl.debug_barrier()
+        tl.store(out_ptr + lane, tl.load(data_ptr + lane))
+
+
+@pytest.mark.parametrize(
+    ("changes", "arrives"),
+    [
+        ({}, True),
+        ({"SEND": "acq_rel", "TAKE": "acq_rel"}, True),
+        ({"SEND": "relaxed"}, False),
+        ({"SEND": "acquire"}, False),
+        ({"TAKE": "relaxed"}, False),
+        ({"TAKE": "release"}, False),
+        ({"BEFORE": False}, False),
+        ({"AFTER": False}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_message(changes, arrives, seed):
+    """It takes a release, an acquire and both block barriers; without any of them old data are read, and told."""
+    data, flag, out = torch.zeros(8, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), torch.zeros(8).int()
+    constants = {"SEND": "release", "TAKE": "acquire", "BEFORE": True, "AFTER": True, **changes}
+    memory = WeakMemory(message, (2,), (data, flag, out), ["data", "flag", "out"], seed)
+    races = memory.run(lambda: message[(1,)](data, flag, out, **constants)).races
+    assert data.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert out.tolist() == ([1, 2, 3, 4, 5, 6, 7, 8] if arrives else [0] * 8)
+    assert len(races) == (0 if arrives else 1)
+    if races:
+        assert "data[0]: program (1, 0, 0) reads what is stored by program (0, 0, 0)" in races[0]
+
+
+@triton.jit
+def own_scratch(data_ptr, out_ptr, BARRIER: tl.constexpr, OVER: tl.constexpr):
+    """A program reads back, reversed, what other threads of it have stored, and (OVER) then stores over it."""
+    lane = tl.arange(0, 8)
+    tl.store(data_ptr + lane, lane + 1)
+    if BARRIER:
+        tl.debug_barrier()
+    back = tl.load(data_ptr + 7 - lane)
+    if OVER:
+        tl.store(data_ptr + lane, back)
+    tl.store(out_ptr + lane, back)
+
+
+@pytest.mark.parametrize(("barrier", "over", "races"), [(True, False, 0), (False, False, 1), (True, True, 1)])
+def test_threads_of_a_program_are_in_order_by_block_barriers_alone(barrier, over, races):
+    data, out = torch.zeros(8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    memory = WeakMemory(own_scratch, (1,), (data, out), ["data", "out"], 0)
+    found = memory.run(lambda: own_scratch[(1,)](data, out, BARRIER=barrier, OVER=over)).races
+    assert len(found) == races
+    assert all("no block barrier between" in race for race in found)
+
+
+def test_memory_beside_the_tensors_is_told():
+    data, out = torch.zeros(8, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    with pytest.raises(OutOfBoundsError, match=r"store beside all tensors: test_schedules.py:\d+ in own_scratch"):
+        WeakMemory(own_scratch, (1,), (data, out), ["data", "out"], 0).run(
+            lambda: own_scratch[(1,)](data, out, BARRIER=True, OVER=False)
+        )
+
+
+def test_naps_are_those_of_the_seed(monkeypatch):
+    """The same ones again, others for another program, and the slow program is one of the grid."""
+    from tests.support.concurrent import Delays
+    from tests.support.interpreter import Access
+
+    naps = []
+    monkeypatch.setattr(time, "sleep", naps.append)
+    delays = {place: Delays([(100, 200)], (place, 0, 0), (3, 1, 1)) for place in range(3)}
+
+    def taken(place, seed, kind="load", address=150):
+        naps.clear()
+        delays[place].begin(seed)
+        for _ in range(200):
+            delays[place].before(Access(kind, torch.tensor([address]).numpy()))
+        return list(naps)
+
+    assert taken(0, 4)
+    assert taken(0, 4) == taken(0, 4)
+    assert taken(0, 4) != taken(1, 4)
+    assert taken(0, 4) != taken(0, 8)
+    assert taken(0, 4, address=250) == []
+    assert taken(0, 7) == []
+    assert taken(0, 7, kind="atomic")
+    for seed in (1, 5, 9):
+        assert sorted(bool(taken(place, seed)) for place in range(3)) == [False, False, True]
+
+
+def test_processes_end_with_their_launch():
+    launched = recorded("forward, equal")
+    args = (*launched.tensors, *launched.scalars)
+    with Programs(launched.kernel, launched.grid, args, launched.constants, launched.shared) as programs:
+        started = [each.process.pid for each in programs._processes]
+        programs.run(LIMIT)
+        os.kill(started[0], signal.SIGKILL)
+        with pytest.raises(ProgramsError, match=r"program \(0, 0, 0\) of forward_kernel .* died with exit code -9"):
+            programs.run(LIMIT)
+    assert len(started) == 4
+    for pid in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
