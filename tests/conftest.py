@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 
 import pytest
 import torch
-from torch import Tensor
 
 try:
     from hypothesis import settings
@@ -56,22 +54,9 @@ def _seed():
 
 
 @pytest.fixture
-def bands(monkeypatch):
-    """Guard bands around every tensor that a kernel writes, looked at when the test is over."""
-    from triton_bnlstm.kernels import launch
+def bands():
+    """Guard bands around every tensor that a kernel writes, and a look at each of its accesses; gives those tensors."""
+    from tests.support.memory import guarded_memory
 
-    poison = 12345.0
-    held: list[tuple[Tensor, int]] = []
-
-    def empty(*shape, dtype, device):
-        size = math.prod(shape)
-        whole = torch.full((size + 128,), poison, dtype=dtype, device=device)
-        whole[64 : 64 + size] = math.nan
-        held.append((whole, size))
-        return whole[64 : 64 + size].view(shape)
-
-    monkeypatch.setattr(launch, "empty", empty)
-    yield held
-    for whole, size in held:
-        assert (whole[:64] == poison).all()
-        assert (whole[64 + size :] == poison).all()
+    with guarded_memory() as held:
+        yield held

@@ -170,11 +170,11 @@ def test_a_graph_may_be_kept(save):
 def test_saved_memory_takes_the_gradients(bands, save, made):
     """The backward makes nothing as large as W_hh h but what it makes again."""
     layer = kernel_layer(3, 4, save=save)
-    x = torch.randn(5, 3, 3, device=DEVICE, requires_grad=True)
+    x = torch.randn(5, 4, 3, device=DEVICE, requires_grad=True)
     loss = layer(x)[0].square().sum()
     before = len(bands)
     loss.backward()
-    large = [size for _, size in bands[before:] if size >= 5 * 3 * 16]
+    large = [size for _, size in bands[before:] if size >= 5 * 4 * 16]
     assert len(large) == made
 
 
@@ -182,11 +182,11 @@ def test_saved_memory_takes_the_gradients(bands, save, made):
 def test_a_torch_that_cannot_tell_whether_memory_is_free(bands, monkeypatch, missing):
     """What was saved is then left as it is."""
     monkeypatch.delattr(torch._C._autograd, missing, raising=False)
-    x = torch.randn(5, 3, 3, device=DEVICE, requires_grad=True)
+    x = torch.randn(5, 4, 3, device=DEVICE, requires_grad=True)
     loss = kernel_layer(3, 4)(x)[0].square().sum()
     before = len(bands)
     loss.backward()
-    assert len([size for _, size in bands[before:] if size >= 5 * 3 * 16]) == 2
+    assert len([size for _, size in bands[before:] if size >= 5 * 4 * 16]) == 2
 
 
 def test_what_hooks_have_seen_is_left_as_it_is():

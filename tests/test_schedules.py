@@ -19,10 +19,10 @@ import triton.language as tl
 
 from tests.support.concurrent import MOST_PROGRAMS, Programs, ProgramsError, programs_at_once
 from tests.support.interpreter import program_place
-from tests.support.launches import Copies, recording
+from tests.support.launches import Copies, OutOfBoundsError, recording
 from tests.support.sequence_case import CASES, DIVIDED, PLAIN, RAGGED, call, call_by_steps, differing, recorded
 from tests.support.turns import StuckError, Turns
-from tests.support.weak_memory import OutOfBoundsError, WeakMemory
+from tests.support.weak_memory import WeakMemory
 from triton_bnlstm.kernels import launch
 
 need_kernels()

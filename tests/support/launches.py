@@ -12,10 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.interpreter import Access, Place, bits, by_steps, extent, program_place, watching
+from tests.support.interpreter import Access, Place, bits, by_steps, extent, own_position, program_place, watching
 from triton_bnlstm.kernels import launch
 
 NOT_COMPARED = "counter_ptr"  # step mode has no barrier
+
+
+class OutOfBoundsError(RuntimeError):
+    """A program has touched memory that belongs to none of the launch's tensors."""
 
 
 class Copies:
@@ -99,14 +103,19 @@ class _Sharing:
         if place not in self._places:
             self._places.append(place)
         own = self._places.index(place)
+        inside = 0
         for first, last in self._extents:
             at = access.addresses[(access.addresses >= first) & (access.addresses < last)] - np.uint64(first)
+            inside += at.size
             if at.size:
                 writers = self._writers[first]
                 if ((writers[at] != -1) & (writers[at] != own)).any():
                     self.shared.add(first)
                 if access.kind == "store":
                     writers[at] = own
+
+        if inside != access.addresses.size:
+            raise OutOfBoundsError(f"{access.kind} beside all tensors: {own_position()}")
 
     def after(self, access: Access) -> None:
         pass

@@ -30,15 +30,12 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from tests.support.interpreter import Place, bits, extent, own_position, places_of, threads_as_programs
+from tests.support.launches import OutOfBoundsError
 from tests.support.turns import Turns
 
 _ACQUIRES = ("ACQUIRE", "ACQUIRE_RELEASE")
 _RELEASES = ("RELEASE", "ACQUIRE_RELEASE")
 _GIVES_WAY = 0.3  # share of accesses after which another program may run; at atomics and block barriers always
-
-
-class OutOfBoundsError(RuntimeError):
-    """A program has touched memory that belongs to none of the launch's tensors."""
 
 
 class Outcome(NamedTuple):

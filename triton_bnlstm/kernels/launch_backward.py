@@ -8,11 +8,12 @@ import torch
 import triton
 from torch import Tensor
 
+from . import launch
 from .backward import backward_kernel
 from .backward_config import default_backward_config
 from .config import BackwardConfig, Config
 from .input_side import finish_kernel
-from .launch import Arguments, Block, Case, Rows, _run, empty, product_precision, recur
+from .launch import Arguments, Block, Case, Rows, _run, product_precision, recur
 
 
 class Kept(NamedTuple):
@@ -76,7 +77,7 @@ class Sums(NamedTuple):
         """Place for them."""
 
         def floats(*shape: int) -> Tensor:
-            return empty(*shape, dtype=torch.float32, device=device)
+            return launch.empty(*shape, dtype=torch.float32, device=device)
 
         columns = floats(4 if column else 3, directions, rows.steps, 4 * hidden)
         return cls(columns, floats(2, directions, rows.steps, hidden) if cell else None)
@@ -115,7 +116,7 @@ def backward(
     device = weight.device
 
     def floats(*shape: int) -> Tensor:
-        return empty(*shape, dtype=torch.float32, device=device)
+        return launch.empty(*shape, dtype=torch.float32, device=device)
 
     nothing = vectors  # in the place of a pointer that is not used
     tensors = (
