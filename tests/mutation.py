@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from tests.mutants import MUTANTS, TESTS, Mutant
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "tests" / "MUTANTS.md"
 MOST_SECONDS = 120  # of a mutant's tests; what hangs has been noticed too
+_NOT_PYTHON = re.compile(r"\b(Name|Syntax|Attribute|UnboundLocal|Import)Error\b.*")
 BEGIN = "| Defect | in | caught by |"
 
 
@@ -62,14 +64,15 @@ def copy_with(mutant: Mutant | None, folder: Path) -> None:
 
 
 class _Verdicts:
-    """A pytest plugin: how each test ended."""
+    """A pytest plugin: how each test ended; one that stumbled over the mutant's own Python is "broken"."""
 
     def __init__(self) -> None:
         self.of: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed or report.when == "call":
-            self.of[report.nodeid] = report.outcome
+            stumbled = report.failed and _NOT_PYTHON.search(report.longreprtext)
+            self.of[report.nodeid] = f"broken: {stumbled.group()}" if stumbled else report.outcome
 
 
 def _serve() -> None:
@@ -145,10 +148,10 @@ class Server:
         if signalled:
             return None
         code, outcomes = json.loads(Path(folder, "verdicts.json").read_text(encoding="utf-8"))
-        missing = [test for test in tests if test not in outcomes]
+        missing = [test for test in tests if outcomes.get(test, "broken").startswith("broken")]
         if missing or code not in (0, 1):
             output = Path(folder, "output.txt").read_text(encoding="utf-8", errors="replace")[-3000:]
-            raise RuntimeError(f"pytest ended with {code} without {', '.join(missing)}:\n{output}")
+            raise RuntimeError(f"pytest ended with {code}, no verdict of {', '.join(missing)}:\n{output}")
         return {test: outcomes[test] for test in tests}
 
 

@@ -27,18 +27,17 @@ def test_is_caught(server, mutant):
     assert caught(server.outcomes(mutant, [mutant.caught_by])) == [mutant.caught_by]
 
 
-HARMLESS = Mutant(
-    "another comment", "kernels/forward.py", (("# the cell state stays", "# The cell state stays"),), FORWARD
-)
+SEE_OS = ("import triton\nimport", "import os\n\nimport triton\n\ntriton.os = os\nimport")
+HARMLESS = Mutant("another comment", "kernels/forward.py", (("# the cell state stays", "# It stays"),), FORWARD)
 
 
 def test_what_is_no_defect_is_not_caught(server):
     assert server.outcomes(HARMLESS, [FORWARD]) == {FORWARD: "passed"}
 
 
-def test_a_mutant_that_is_no_python_is_not_caught_but_broken(server):
-    broken = HARMLESS._replace(edits=(("        c_new, o = update_cell(a, c, U, BB)", "        c_new, o = gone"),))
-    with pytest.raises((RuntimeError, StaleMutantError)):
+def test_a_mutant_that_is_no_python_is_broken_and_not_caught(server):
+    broken = HARMLESS._replace(edits=(("unit, column, owned_unit, owned = owned_columns(U, H)", "gone"),))
+    with pytest.raises(RuntimeError, match="no verdict.*NameError"):
         server.outcomes(broken, [FORWARD])
     with pytest.raises(RuntimeError, match="no verdict"):
         server.outcomes(HARMLESS, ["tests/test_kernels.py::test_that_is_not_there"])
@@ -47,16 +46,7 @@ def test_a_mutant_that_is_no_python_is_not_caught_but_broken(server):
 def test_a_test_that_crashes_has_noticed_and_the_others_are_run_again(server):
     crash = HARMLESS._replace(
         file="kernels/inference.py",
-        edits=(
-            (
-                "import triton\nimport triton.language as tl\n",
-                "import os\n\nimport triton\nimport triton.language as tl\n",
-            ),
-            (
-                "    resident = load_slice(w_ptr, column, owned, 0",
-                "    os.abort()\n    resident = load_slice(w_ptr, column, owned, 0",
-            ),
-        ),
+        edits=(("    tile = tl.program_id(1)\n", "    triton.os.abort()\n    tile = tl.program_id(1)\n"), SEE_OS),
     )
     harmless = next(test for test in TESTS if "test_schedules" in test and "forward" in test)
     assert server.outcomes(crash, [FORWARD, harmless]) == {FORWARD: "crashed", harmless: "passed"}
