@@ -37,7 +37,7 @@ def test_what_is_no_defect_is_not_caught(server):
 
 def test_a_mutant_that_is_no_python_is_broken_and_not_caught(server):
     broken = HARMLESS._replace(edits=(("unit, column, owned_unit, owned = owned_columns(U, H)", "gone"),))
-    with pytest.raises(RuntimeError, match="no verdict.*NameError"):
+    with pytest.raises(RuntimeError, match=r"(?s)no verdict.*NameError"):
         server.outcomes(broken, [FORWARD])
     with pytest.raises(RuntimeError, match="no verdict"):
         server.outcomes(HARMLESS, ["tests/test_kernels.py::test_that_is_not_there"])

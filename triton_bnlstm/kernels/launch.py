@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -285,10 +286,11 @@ def recur(
         launch = _prepare(kernel, arguments(config), shared, case, config)
         try:
             room = resident_programs(kernel, launch, rows, device)
-        except KernelError:
+        except KernelError as error:
             if explicit is not None:
                 raise
             room = 0  # another layout may compile
+            _tell_once(f"{kernel.__name__} runs in step mode, since sequence mode does not compile here ({error})")
         if launch.programs <= room and rows.steps * launch.programs * launch.arguments.meetings < MOST_ARRIVALS:
             _run(kernel, *launch.call(*steps, rows))
             if launch.constants["SYNC"] == "drain":
@@ -306,6 +308,16 @@ def recur(
     for t in reversed(range(*steps)) if backwards else range(*steps):
         for changes in launch.arguments.phases:
             _run(kernel, *launch.call(t, t + 1, rows, changes))
+
+
+_told: set[str] = set()
+
+
+def _tell_once(message: str) -> None:
+    """A warning, the first time."""
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(f"triton_bnlstm: {message}", RuntimeWarning, stacklevel=2)
 
 
 class _Launch(NamedTuple):
