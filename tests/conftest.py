@@ -60,3 +60,17 @@ def bands():
 
     with guarded_memory() as held:
         yield held
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where the time went, file by file; what two processes do at once counts twice."""
+    seconds: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                file = report.nodeid.partition("::")[0]
+                seconds[file] = seconds.get(file, 0.0) + report.duration
+    if sum(seconds.values()) > 60:
+        terminalreporter.section("seconds by file")
+        for file in sorted(seconds, key=lambda file: -seconds[file])[:15]:
+            terminalreporter.write_line(f"{seconds[file]:7.1f} {file}")
