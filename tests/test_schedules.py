@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -153,6 +154,15 @@ def test_a_seed_says_everything():
     assert all(order(seed) == orders[seed] for seed in orders)
     assert len({tuple(each) for each in orders.values()}) > 8
     assert all(sorted(each) == sorted([0, 1, 2] * 5) for each in orders.values())
+
+
+def test_patching_the_language_once_changes_nothing(monkeypatch):
+    """Of what tests/conftest.py does for all kernels' tests, to save time."""
+    from triton.runtime import interpreter
+
+    fast = call(replace(PLAIN, sequence=False), lengths=RAGGED)
+    monkeypatch.setattr(interpreter, "_patch_lang", interpreter._patch_lang_at_every_call)
+    assert differing(fast, call(replace(PLAIN, sequence=False), lengths=RAGGED)) == []
 
 
 @triton.jit
