@@ -157,6 +157,7 @@ def compiled(kernels, cache, *paths):
         text=True,
         env=environment,
         check=True,
+        cwd=cache.parent,  # not where this `triton_bnlstm` would be found first
     )
     return json.loads(process.stdout.splitlines()[-1])
 

@@ -223,6 +223,17 @@ def test_arguments_that_cannot_be(argv, told, capsys):
     assert told in capsys.readouterr().err
 
 
+def test_the_command_is_one_of_bench_aot(capsys):
+    from bench.aot.__main__ import main
+
+    with pytest.raises(SystemExit) as end:
+        main(["atlas", "--help"])
+    assert end.value.code == 0
+    told = capsys.readouterr().out
+    assert "--everything" in told
+    assert max(map(len, told.splitlines())) <= 120
+
+
 def test_the_command_writes_compares_and_fails(tmp_path, monkeypatch, capsys):
     table = tmp_path / "atlas.tsv"
     argv = ["--targets", "sm90", "--table", str(table), "--kept", str(tmp_path / "kept.jsonl"), "--fresh"]

@@ -72,13 +72,17 @@ def representative(known: Iterable[str]) -> list[Request]:
     return plan
 
 
+_WITHOUT_FIGURES = ("__init__", "__main__", "atlas", "atlas_command")
+
+
 def fingerprint(*, reading: bool) -> str:
     """Of the kernels and how they are launched; (reading) and of what compiles them and reads what they need."""
     found = hashlib.sha256()
     kernels, here = Path(triton_bnlstm.__file__).parent / "kernels", Path(__file__).parent
     paths = sorted(kernels.glob("*.py"))
     if reading:
-        paths += [*sorted(here.glob("*.py")), here.parent / "layouts.py"]
+        paths += [path for path in sorted(here.glob("*.py")) if path.stem not in _WITHOUT_FIGURES]
+        paths.append(here.parent / "layouts.py")
     for path in paths:
         found.update(path.name.encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:12]
@@ -157,11 +161,12 @@ def make(
         return rows
 
     found: dict[tuple[str, ...], Row] = {}
-    with ThreadPoolExecutor(jobs) as pool:
+    pool = ThreadPoolExecutor(jobs)
+    try:
         for rows in pool.map(part, plan):
             for each in rows:
                 if found.get(each.name, each).of == "near":  # what is a default, too, is one
                     found[each.name] = each
-                else:
-                    found.setdefault(each.name, each)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # whoever interrupts it does not wait for what has not begun
     return list(found.values())

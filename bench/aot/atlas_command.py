@@ -25,7 +25,7 @@ so run this once kernels are changed on purpose, and look at the table's differe
 
 Without options: every target in its most used dtype with the default layouts of B = 64 and H = 100, 512 and 1024, in
 sequence mode and step mode; other dtypes and all variants on sm90; and on sm90 and sm100 the layouts beside the default
-that tuning may choose, with the reason for those that cannot run. About TIME on two cores.
+that tuning may choose, with the reason for those that cannot run. About a quarter of an hour on two cores.
 
 It may be interrupted: kernels that are done are kept in a file and not compiled again by the next run, as long as
 kernels, reading code and Triton are the same.
@@ -38,7 +38,8 @@ columns:
   together           programs that a multiprocessor holds at the same time
   matrix             matrix instructions of the kernel and how many
   barrier            r releases, p polls, a acquiring loads, b block barriers before releases + behind polls
-  loop, loop_…       instructions of the time loop, each counted once: {", ".join(CLASSES)}
+  loop, loop_…       instructions of the time loop, each counted once (bench/aot/machine.py says what that is), and of
+                     those {", ".join(CLASSES)}
   of                 "default", or "near": a layout beside the default
   problems           why it spills, does not fit or cannot run; a default must not have any
 
@@ -46,7 +47,7 @@ examples:
   {COMMAND}                                   the tracked table
   {COMMAND} --targets sm90 --table h100.tsv   one target's part of it
   {COMMAND} --check                           compare, and leave the table as it is
-  {COMMAND} --everything                      all combinations; EVERYTHING
+  {COMMAND} --everything                      all combinations: some 150,000 kernels, about two days
 """
 
 
