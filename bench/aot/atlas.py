@@ -165,7 +165,7 @@ def make(
     try:
         for rows in pool.map(part, plan):
             for each in rows:
-                if found.get(each.name, each).of == "near":  # what is a default, too, is one
+                if each.name not in found or found[each.name].of == "near":  # what is a default, too, is one
                     found[each.name] = each
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # whoever interrupts it does not wait for what has not begun
