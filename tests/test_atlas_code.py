@@ -83,6 +83,20 @@ def test_all_loops_of_a_kernel_without_steps():
     assert sum(everything.values()) == sum(machine.loop_counts(machine.sass(SASS), steps=True).values()) + 2
 
 
+def test_a_loop_within_that_is_left_by_a_call():
+    """As ptxas leaves a loop that only some of the threads are still in."""
+    left = """
+        /*0141*/                   NOP ;
+.L_x_11:
+        /*0142*/               @P4 CALL.REL.NOINC `(.L_x_12) ;
+        /*0143*/                   BRA `(.L_x_11) ;
+.L_x_12:
+        /*0144*/              @!P2 BRA `(.L_x_5) ;"""
+    text = SASS.replace("\n        /*0140*/              @!P2 BRA `(.L_x_5) ;", left)
+    found, before = (machine.loop_counts(machine.sass(each), steps=True) for each in (text, SASS))
+    assert found == before | {"rest": before["rest"] + 3}
+
+
 def test_threads_that_meet_elsewhere_go_on_there():
     """A convergence barrier whose end is not right behind the instruction that waits at it."""
     text = SASS.replace("BSYNC B0 ;\n.L_x_1:", "BSYNC B0 ;\n        /*0088*/                   EXIT ;\n.L_x_1:")

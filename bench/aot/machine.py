@@ -51,6 +51,8 @@ def sass(text: str) -> Code:
             if word in ("BRA", "JMP"):  # one that waits for a predicate among its operands goes on, too
                 targets = tuple(jumps)
                 goes_on = bool(predicate) or not operands.startswith(("`", "0x"))
+            elif word == "CALL":  # to a label: where a loop of some threads only is left; else it comes back
+                targets = tuple(jumps)
             elif word in ("EXIT", "RET", "KILL"):
                 goes_on = bool(predicate)
             elif word == "BSSY" and jumps:
