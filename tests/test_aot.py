@@ -1,4 +1,4 @@
-"""Kernels compiled for devices that are not here: they compile, spill nothing and use the matrix units."""
+"""What compiles kernels for devices that are not here, and judges them; `test_atlas` is about the kernels."""
 
 from __future__ import annotations
 
@@ -9,73 +9,10 @@ from bench.aot.targets import NUMBERS, TARGETS, why_skipped
 
 pytest.importorskip("triton")
 
-from bench.aot.cases import VARIANTS
-
-# One process per target. Few kernels of each: a part of what `python -m bench.aot` compiles.
-SELECTED = ["forward/cell+seats", "backward/cell+fill", "inference/cell+keep", "moments/centre"]
-
 
 def compiled(target, numbers, cache, **changes):
-    request = {"variants": SELECTED, "batches": [64], "hiddens": [100, 1000], "directions": [1], **changes}
+    request = {"variants": ["forward/plain"], "batches": [64], "hiddens": [100], "directions": [1], **changes}
     return list(results(Request(target, numbers, **request), cache))
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_target(target, tmp_path):
-    numbers = "fp16" if why_skipped(TARGETS[target], "bf16") else "bf16"
-    found = compiled(target, [numbers], tmp_path)
-    if "skipped" in found[0]:
-        pytest.skip(found[0]["skipped"])
-    assert {result["kernel"] for result in found} >= set(SELECTED[:3])
-    assert [result["problems"] for result in found if result["problems"]] == []
-    for kernel in ("forward", "backward"):
-        modes = {result["mode"] for result in found if result["kernel"].startswith(kernel)}
-        assert modes == ({"step"} if target.startswith("gfx") else {"sequence", "step"})
-    products = [
-        result["resources"]["matrix"]
-        for result in found
-        if "PRECISION" in result["constants"] and result["constants"].get("PRODUCT", True)
-    ]
-    assert products
-    assert all(products) == (target != "sm75")
-
-
-@pytest.mark.parametrize("numbers", ["tf32", "fp32"])
-def test_float32(numbers, tmp_path):
-    """TF32 on matrix units; IEEE products are multiply-adds."""
-    found = compiled("sm90", [numbers], tmp_path, variants=["forward/plain"], hiddens=[512])
-    assert [result["problems"] for result in found if result["problems"]] == []
-    assert all(bool(result["resources"]["matrix"]) == (numbers == "tf32") for result in found)
-
-
-def test_a_slice_of_the_weights_stays_on_chip(tmp_path):
-    """At the size of the paper's Penn Treebank runs too: 32 of 4,000 columns in each of 125 programs."""
-    found = compiled("sm90", ["bf16"], tmp_path, variants=["forward/plain"], hiddens=[1000])
-    (sequence,) = (result for result in found if result["mode"] == "sequence")
-    assert sequence["constants"]["RESIDENT"]
-    assert sequence["problems"] == []
-    assert sequence["resources"]["shared"] > 4 * 8 * 1000 * 2
-
-
-@pytest.mark.parametrize("hidden", [512, 1000])
-def test_a_part_of_the_transposed_weights_stays_on_chip(hidden, tmp_path):
-    """Of the backward, in as many parts as its programs, beside all that waits for the product."""
-    found = compiled("sm90", ["bf16"], tmp_path, variants=["backward/plain"], hiddens=[hidden])
-    (sequence,) = (result for result in found if result["mode"] == "sequence")
-    assert sequence["constants"]["RESIDENT"]
-    assert sequence["problems"] == []
-    parts = sequence["constants"]["SPLITS"] * sequence["constants"]["GROUPS"]
-    assert parts > 1
-    assert (
-        sequence["resources"]["shared"] > sequence["constants"]["GROUPS"] * 8 * hidden * hidden / sequence["programs"]
-    )
-
-
-def test_every_kernel_has_a_case(tmp_path):
-    """Each variant is launched and compiles, the small kernels too; one after another, so that none hides the next."""
-    found = compiled("sm90", ["bf16"], tmp_path, variants=list(VARIANTS), hiddens=[64], batches=[16])
-    assert [result["problems"] for result in found if result["problems"]] == []
-    assert {result["kernel"] for result in found} >= set(VARIANTS)
 
 
 def test_launching_code_that_fails_is_reported_and_not_the_end(tmp_path):

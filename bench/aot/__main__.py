@@ -26,6 +26,7 @@ examples:
   python -m bench.aot                                         everything, on two CPU cores about two hours
   python -m bench.aot --targets sm90 --numbers bf16 --each    one target, a line for each kernel
   python -m bench.aot --hiddens 1024 --batches 64 --out resources.json
+  python -m bench.aot atlas --help                            the tracked table of all kernels, and how to renew it
 """
 
 VARIANTS = (
@@ -144,6 +145,7 @@ def table(found: list[dict[str, Any]], *, each: bool) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """Compile what the arguments `argv` say, those of the command line if None. The exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
         from rich.console import Console
 
@@ -163,6 +165,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     from .checks import Request, results
 
+    if argv[:1] == ["atlas"]:
+        from .atlas_command import main as atlas
+
+        return atlas(argv[1:], versions, list(KNOWN))
     arguments = parser(TARGETS, NUMBERS, KNOWN).parse_args(argv)
     if arguments.out is not None and not arguments.out.resolve().parent.is_dir():
         print(f"bench.aot: --out {arguments.out}: there is no such folder", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Starts the compiling processes and judges what comes of them. Needs neither Triton nor a package of its own."""
+"""Starts the compiling processes and judges what comes of them. Needs no Triton."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import meeting
 from .targets import NUMBERS, TARGETS
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,8 @@ class Request:
         variants: names in `cases.VARIANTS`.
         batches, hiddens, directions: B, H, and 1 or 2.
         layout: fields of a `Config` to compile everything in; None for what each device has by default.
+        near: compile the layouts beside each default instead of it, see `candidates`.
+        skip: names of kernels that need not be compiled, as `naming.name` has them.
     """
 
     target: str
@@ -37,12 +40,16 @@ class Request:
     hiddens: list[int]
     directions: list[int]
     layout: dict[str, Any] | None = None
+    near: bool = False
+    skip: list[tuple[str, ...]] = field(default_factory=list)
 
 
 def problems(result: dict[str, Any]) -> list[str]:
     """What is wrong with a kernel; nothing if it is as it should be."""
     if "skipped" in result:
         return []
+    if "cannot" in result:
+        return [result["cannot"]]
     if "error" in result:
         return [result["error"]]
     target, used = TARGETS[result["target"]], result["resources"]
@@ -60,6 +67,8 @@ def problems(result: dict[str, Any]) -> list[str]:
         room = device.resident_programs(used["shared"], used["registers"], result["options"]["num_warps"])
         if room < result["programs"]:
             found.append(f"{result['programs']} programs have to run at the same time, and {room} can")
+    if used.get("barrier") is not None:
+        found += meeting.problems(meeting.Shape(**used["barrier"]), meets=constants.get("SYNC", "none") != "none")
     return found
 
 
@@ -92,6 +101,8 @@ def results(request: Request, cache: Path) -> Iterator[dict[str, Any]]:
                 for result in _read(process.stdout):
                     if "begin" in result:
                         current = result["begin"]
+                    elif "done" in result:  # it is in request.skip
+                        yield result
                     else:
                         yield {**result, "problems": problems(result)}
             finally:

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from triton_bnlstm.kernels.config import Config, use_config
+from triton_bnlstm.kernels.config import BackwardConfig, Config, use_config
 
+from . import machine, meeting
+from .candidates import candidates
 from .cases import Case, Launch, cases, launches
 from .checks import Request
+from .naming import name
 from .targets import NUMBERS, TARGETS, Target
 
 _POINTERS = {
@@ -43,10 +46,6 @@ _POINTERS = {
 _ALIGNED = ["tt.divisibility", 16]
 _BELOW_2_GB = ["tt.pointer_range", 32]
 
-# opcodes of matrix units: mma.sync, wgmma, tcgen05, and AMD's
-_MATRIX = re.compile(r"^(?:[HID]MMA|[HIQ]GMMA|UTC\w*MMA|v_s?mfma)")
-_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
-_AMDGCN = re.compile(r"^\t((?:v|s|ds|buffer|global|flat|scratch)_\w+)", re.MULTILINE)
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)")
 
 
@@ -61,6 +60,8 @@ class Resources:
         spills: instructions that store to or load from it; AMD: vector registers that are spilled.
         matrix: matrix instructions, by their first word.
         instructions: in all.
+        loop: those of the time loop, by class; see `machine`.
+        barrier: fields of a `meeting.Shape`; None on AMD, which has no sequence mode.
     """
 
     shared: int
@@ -69,21 +70,26 @@ class Resources:
     spills: int
     matrix: dict[str, int]
     instructions: int
+    loop: dict[str, int] = field(default_factory=dict)
+    barrier: dict[str, Any] | None = None
 
 
-def nvidia_resources(usage: str, sass: str, shared: int) -> Resources:
-    """usage, sass: what `cuobjdump -res-usage` and `nvdisasm -c` say."""
+def nvidia_resources(usage: str, sass: str, shared: int, *, steps: bool = True) -> Resources:
+    """usage, sass: what `cuobjdump -res-usage` and `nvdisasm -c` say. steps: the kernel has a time loop."""
     found = _USAGE.search(usage)
     if found is None:
         raise ValueError(f"no resource usage in {usage!r}")
     registers, stack, local = map(int, found.groups())
-    opcodes = Counter(opcode.partition(".")[0] for opcode in _SASS.findall(sass))
-    matrix = {opcode: count for opcode, count in opcodes.items() if _MATRIX.match(opcode)}
-    return Resources(shared, registers, stack + local, opcodes["LDL"] + opcodes["STL"], matrix, opcodes.total())
+    code = machine.sass(sass)
+    opcodes = Counter(instruction.opcode.partition(".")[0] for instruction in code.instructions)
+    matrix = {opcode: count for opcode, count in opcodes.items() if machine.MATRIX.match(opcode)}
+    loop = machine.loop_counts(code, steps=steps)
+    spills = opcodes["LDL"] + opcodes["STL"]
+    return Resources(shared, registers, stack + local, spills, matrix, len(code.instructions), loop)
 
 
-def amd_resources(assembly: str, shared: int) -> Resources:
-    """assembly: of the one kernel, with its metadata."""
+def amd_resources(assembly: str, shared: int, *, steps: bool = True) -> Resources:
+    """assembly: of the one kernel, with its metadata. steps: the kernel has a time loop."""
 
     def number(key: str) -> int:
         found = re.search(rf"^\s+\.{key}:\s+(\d+)$", assembly, re.MULTILINE)
@@ -91,11 +97,13 @@ def amd_resources(assembly: str, shared: int) -> Resources:
             raise ValueError(f"no .{key} in the assembly's metadata")
         return int(found.group(1))
 
-    opcodes = Counter(_AMDGCN.findall(assembly))
-    matrix = {opcode: count for opcode, count in opcodes.items() if _MATRIX.match(opcode)}
+    code = machine.amd(assembly)
+    opcodes = Counter(instruction.opcode for instruction in code.instructions)
+    matrix = {opcode: count for opcode, count in opcodes.items() if machine.MATRIX.match(opcode)}
     spills = number("vgpr_spill_count")  # scalar ones go to vector registers, not to memory
     stack = number("private_segment_fixed_size")
-    return Resources(shared, number("vgpr_count"), stack, spills, matrix, opcodes.total())
+    loop = machine.loop_counts(code, steps=steps)
+    return Resources(shared, number("vgpr_count"), stack, spills, matrix, len(code.instructions), loop)
 
 
 def _specialised(launch: Launch, target: Target) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
@@ -140,11 +148,11 @@ def compiled(launch: Launch, target: Target) -> Any:
     )
 
 
-def read_resources(kernel: Any, target: Target) -> Resources:
-    """What a compiled kernel needs, from its machine code."""
+def read_resources(kernel: Any, target: Target, *, steps: bool) -> Resources:
+    """What a compiled kernel needs, from its machine code. steps: it has a time loop."""
     shared = int(kernel.metadata.shared)
     if target.device.backend == "hip":
-        return amd_resources(kernel.asm["amdgcn"], shared)
+        return amd_resources(kernel.asm["amdgcn"], shared, steps=steps)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
@@ -153,7 +161,9 @@ def read_resources(kernel: Any, target: Target) -> Resources:
         def output(tool: str, option: str) -> str:
             return subprocess.run([tools / tool, option, file], capture_output=True, text=True, check=True).stdout
 
-        return nvidia_resources(output("cuobjdump", "-res-usage"), output("nvdisasm", "-c"), shared)
+        usage, code = output("cuobjdump", "-res-usage"), output("nvdisasm", "-c")
+    found = nvidia_resources(usage, code, shared, steps=steps)
+    return replace(found, barrier=asdict(meeting.shape(meeting.ptx(kernel.asm["ptx"]))))
 
 
 def description(launch: Launch, target: Target, numbers: str) -> dict[str, Any]:
@@ -189,15 +199,22 @@ def run(request: Request) -> None:
         what = {"target": target.name, "numbers": ",".join(request.numbers)}
         print(json.dumps({**what, "skipped": f"Triton {triton.__version__}: {reason}"}), flush=True)
         return
+    skip = {tuple(each) for each in request.skip}
     seen = set()
     layout = nullcontext() if request.layout is None else use_config(Config(**request.layout))
     with layout:
         for numbers in request.numbers:
             for case in cases(request.variants, request.batches, request.hiddens, request.directions):
-                for launch in _launches(target, numbers, case):
+                found = _near(target, numbers, case) if request.near else _launches(target, numbers, case)
+                for launch in found:
                     key = repr((launch.kernel, _specialised(launch, target), launch.options))
-                    if key not in seen:
-                        seen.add(key)
+                    if key in seen:
+                        continue
+                    seen.add(key)
+                    known = name(description(launch, target, numbers))
+                    if known in skip:
+                        print(json.dumps({"done": known}), flush=True)
+                    else:
                         _report(launch, target, numbers)
 
 
@@ -211,6 +228,18 @@ def _launches(target: Target, numbers: str, case: Case) -> Iterator[Launch]:
         print(json.dumps({**what, "error": f"launching fails: {type(error).__name__}: {error}"}), flush=True)
 
 
+def _near(target: Target, numbers: str, case: Case) -> Iterator[Launch]:
+    """What a case launches in each of the layouts beside its default; those that cannot run are reported as such."""
+    for layout, why_not in candidates(target.device, NUMBERS[numbers], case):
+        if why_not is not None:
+            what = {"target": target.name, "numbers": numbers, "kernel": case.variant, **case._asdict()}
+            print(json.dumps({**what, "config": asdict(layout), "cannot": why_not}), flush=True)
+            continue
+        with use_config(backward=layout) if isinstance(layout, BackwardConfig) else use_config(layout):
+            found = list(_launches(target, numbers, case))
+        yield from (launch for launch in found if "U" in launch.constants)
+
+
 def _report(launch: Launch, target: Target, numbers: str) -> None:
     what = description(launch, target, numbers)
     print(json.dumps({"begin": what}), flush=True)
@@ -218,7 +247,8 @@ def _report(launch: Launch, target: Target, numbers: str) -> None:
     try:
         kernel = compiled(launch, target)
         seconds = time.perf_counter() - began
-        result: dict[str, Any] = {"resources": asdict(read_resources(kernel, target)), "seconds": seconds}
+        used = read_resources(kernel, target, steps="SYNC" in launch.constants)
+        result: dict[str, Any] = {"resources": asdict(used), "seconds": seconds}
     except Exception as error:  # whatever a compiler may raise: it is what is looked for
         deepest: BaseException = error
         while deepest.__cause__ is not None:  # Triton's outermost error shows a call, the innermost one the reason

@@ -1,0 +1,119 @@
+"""The kernels compiled for devices that are not here, against the table of what they needed before.
+
+A part of `python -m bench.aot atlas`, which writes the table: each target's most used kernels in both modes, other
+number types, and each kernel's every variant.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+
+from bench.aot.atlas import compile_rows, preset, representative
+from bench.aot.candidates import precision
+from bench.aot.cases import VARIANTS
+from bench.aot.checks import Request
+from bench.aot.rows import COMMAND, NOTHING, TABLE, Row, differences, missing, read
+from bench.aot.targets import NUMBERS, TARGETS
+
+ON_PURPOSE = f"if that is meant, write the table again and commit it: {COMMAND}"
+PARTS = representative(VARIANTS)
+# Sequence mode there spills one value of eight bytes, and nothing else.
+SPILL = {
+    ("sm86", "backward/cell+fill", "1024"),
+    ("sm120", "backward/plain", "1024"),
+    ("sm120", "backward/cell+fill", "1024"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.target}-{'+'.join(part.numbers)}-H{part.hiddens[0]}")
+def test_no_kernel_is_worse_than_in_the_table(part: Request, tmp_path):
+    rows, reason = compile_rows(part, tmp_path)
+    if reason is not None:
+        pytest.skip(reason)
+    assert [f"{row}: {row.problems}" for row in rows if row.problems != NOTHING] == []
+    assert {row.name[2] for row in rows} >= set(part.variants)
+    check_modes(rows)
+    check_products(rows)
+    check_residents(rows)
+    table = read(TABLE)
+    worse = differences(rows, table, triton=triton.__version__) + missing(rows, table)
+    assert worse == [], f"{len(worse)} kernels are worse than in {TABLE}; {ON_PURPOSE}"
+    if table.head["Triton"] != triton.__version__:
+        reason = f"the table is Triton {table.head['Triton']}'s, this is {triton.__version__}"
+        pytest.skip(f"all but the growth of loops: {reason}")
+
+
+def recurrent(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.name[2].partition("/")[0] in ("forward", "backward", "inference")]
+
+
+def check_modes(rows: list[Row]) -> None:
+    """Every kernel with steps in both modes, on AMD in the one that it has."""
+    modes: dict[tuple[str, ...], set[str]] = {}
+    for row in recurrent(rows):
+        modes.setdefault(row.name[:3], set()).add(row.name[3].partition("/")[0])
+    assert modes
+    for (target, *_), found in modes.items():
+        assert found == ({"step"} if target.startswith("gfx") else {"sequence", "step"})
+
+
+def check_products(rows: list[Row]) -> None:
+    """On matrix units, where the device has some for these numbers, and only there."""
+    products = [row for row in recurrent(rows) if not row.name[3].endswith("/cells")]
+    assert products
+    for row in products:
+        device, numbers = TARGETS[row.name[0]].device, NUMBERS[row.name[1]]
+        matrix = device.multiplies(numbers.dtype, precision(device, numbers))
+        assert (bool(row.matrix), row.number("loop_matrix") > 0) == (matrix, matrix), str(row)
+
+
+def check_residents(rows: list[Row]) -> None:
+    """Where the weights stay on chip their bytes are there: 4H·H of all programs, of the backward once in a group."""
+    for row in recurrent(rows):
+        kernel, hidden, layout = row.name[2], int(row.name[5]), row.name[7].split(",")
+        if layout[-1] != "resident" or hidden < 512:
+            continue
+        units = int(layout[0][1:])
+        splits, groups = (int(n) for n in layout[1].split("x")) if kernel.startswith("backward/") else (1, 1)
+        programs = max(-(-hidden // units), splits * groups * -(-hidden // (units * splits * groups)))
+        assert row.number("shared") > groups * 4 * hidden * hidden * 2 / programs
+
+
+def test_the_parts_are_enough():
+    assert {part.target for part in PARTS} == set(TARGETS)
+    assert {variant for part in PARTS for variant in part.variants} == set(VARIANTS)
+    assert {numbers for part in PARTS for numbers in part.numbers} == set(NUMBERS)
+    rows = read(TABLE).rows.values()
+    large = {row.name[2].partition("/")[0] for row in rows if row.name[0] == "sm90" and row.name[5] == "1024"}
+    assert large == {"forward", "backward", "inference"}
+
+
+def test_the_table_is_whole():
+    """It is what the command without options writes, and no default layout in it has a problem that is not known."""
+    table = read(TABLE)
+    assert table.head["Command"] == COMMAND
+    rows = list(table.rows.values())
+    wrong = [row for row in rows if row.of == "default" and row.problems != NOTHING]
+    assert [f"{row}: {row.problems}" for row in wrong if (row.name[0], row.name[2], row.name[5]) not in SPILL] == []
+    assert [f"{row}: {row.problems}" for row in wrong if row.number("stack") > 8 or ";" in row.problems] == []
+    assert [str(row) for row in rows if row.matrix and row.number("loop_matrix") == 0] == []
+    for part in preset(VARIANTS):
+        for variant in part.variants:
+            for hidden in part.hiddens:
+                for numbers in part.numbers:
+                    sizes = {("-", "-"), (str(part.batches[0]), str(hidden))}
+                    of = "near" if part.near else "default"
+                    found = [row for row in rows if row.name[:3] == (part.target, numbers, variant) and row.of == of]
+                    assert any(row.name[4:6] in sizes for row in found), (part.target, numbers, variant, hidden)
+
+
+def test_the_table_has_what_tuning_may_choose_and_why_not():
+    near = [row for row in read(TABLE).rows.values() if row.of == "near"]
+    assert {row.name[0] for row in near} == {"sm90", "sm100"}
+    assert any(row.problems == NOTHING for row in near)
+    assert any("spills" in row.problems for row in near)
+    assert any("have to run at the same time" in row.problems for row in near)
