@@ -39,7 +39,7 @@ def used_statistics(mean, var, own_ptr, population_ptr, weight, at, plane, owned
         population_mean = tl.load(population_ptr + at, mask=owned, other=0.0)
         population_var = tl.load(population_ptr + plane + at, mask=owned, other=1.0)
         mean, var = fill_seats(mean, var, population_mean, population_var, weight)
-    return mean, 1.0 / tl.sqrt(var + eps)
+    return mean, tl.rsqrt(var + eps)
 
 
 @triton.jit(do_not_specialize=["t0", "t1", "steps", "rows", "batch"])
@@ -122,6 +122,7 @@ def forward_kernel(
         if SEATS:
             weight = tl.load(weight_ptr + at_step)
         count = tl.maximum(n, 1).to(tl.float32)
+        share = 1.0 / count
 
         live = b0 < n  # [BB]
         if not WALK:  # before the wait: the input does not depend on the other programs
@@ -154,7 +155,7 @@ def forward_kernel(
                 deviation = (z - mean[:, None]).to(deviation_ptr.dtype.element_ty)
                 tl.store(place, deviation, mask=owned[:, None] & live[None, :])
             mean, rstd = used_statistics(
-                mean, squares / count, own_hh_ptr, population_hh_ptr, weight, at_hh, plane_hh, owned, eps, SEATS
+                mean, squares * share, own_hh_ptr, population_hh_ptr, weight, at_hh, plane_hh, owned, eps, SEATS
             )
             a = x.to(tl.float32) * scale[:, None] + shift[:, None]
             a += (z - mean[:, None]) * (gamma * rstd)[:, None]  # [4U, BB]
@@ -165,7 +166,7 @@ def forward_kernel(
             if CELL_NORM:
                 mean, squares = moments_of_live_rows(c, live, count)
                 mean, rstd = used_statistics(
-                    mean, squares / count, own_c_ptr, population_c_ptr, weight, at_c, plane_c, owned_unit, eps, SEATS
+                    mean, squares * share, own_c_ptr, population_c_ptr, weight, at_c, plane_c, owned_unit, eps, SEATS
                 )
                 shown = (c - mean[:, None]) * (gamma_c * rstd)[:, None] + beta_c[:, None]
             h = o * tanh(shown)
@@ -203,7 +204,7 @@ def forward_kernel(
                 tl.store(place, z, mask=owned[:, None] & live[None, :])
             own_mean = mean
             mean, rstd = used_statistics(
-                mean, squares / count, own_hh_ptr, population_hh_ptr, weight, at_hh, plane_hh, owned, eps, SEATS
+                mean, squares * share, own_hh_ptr, population_hh_ptr, weight, at_hh, plane_hh, owned, eps, SEATS
             )
             tl.debug_barrier()  # the scratch is read by other threads than wrote it
 
@@ -236,7 +237,7 @@ def forward_kernel(
                     h = o * tanh(c_new)
                     tl.store(state_rows(h_ptr, target, b, unit, H), h.to(h_ptr.dtype.element_ty), mask=stored)
             if CELL_NORM:
-                var_c = squares_c / count
+                var_c = squares_c * share
                 mean_c, rstd_c = used_statistics(
                     mean_c, var_c, own_c_ptr, population_c_ptr, weight, at_c, plane_c, owned_unit, eps, SEATS
                 )
