@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 
 @triton.jit
@@ -163,24 +164,26 @@ def fill_seats(mean, var, population_mean, population_var, weight):
     return mean - rest * gap, weight * var + rest * population_var + weight * rest * gap * gap
 
 
-# A reciprocal is the square of a reciprocal root: that is one instruction and a product, where a division checks for
-# operands too large for the instruction behind it. Nothing here is: they lie between 1 and infinity. `exp2` likewise
-# takes one instruction, and what is smaller than a normal number for 0, while `exp` scales operands and results.
+_INTERPRETED = tl.constexpr(not isinstance(owned_columns, triton.runtime.JITFunction))  # it knows no libdevice
 _LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for x from 1 to infinity, which needs no care for numbers too large or too small: one instruction."""
+    return 1.0 / x if _INTERPRETED else libdevice.fast_dividef(1.0, x)
 
 
 @triton.jit
 def sigmoid(x):
     """1 / (1 + e⁻ˣ)."""
-    root = tl.rsqrt(1.0 + tl.exp2(x * -_LOG2_E))
-    return root * root
+    return reciprocal(1.0 + tl.exp2(x * -_LOG2_E))  # `exp` would scale what is not a normal number; here that may be 0
 
 
 @triton.jit
 def tanh(x):
     """By one exponential, right at both infinities; near 0, where that would cancel, by an odd polynomial."""
-    root = tl.rsqrt(1.0 + tl.exp2(x * (2.0 * _LOG2_E)))  # 1 at −∞, exactly
-    far = 1.0 - 2.0 * (root * root)
+    far = 1.0 - 2.0 * reciprocal(1.0 + tl.exp2(x * (2.0 * _LOG2_E)))
     y = x * x
     near = x + x * y * (-0.33333240 + y * (0.13324237 - y * 0.05143003))  # of least error up to 1/4: 3e-9 of the result
     return tl.where(y < 0.0625, near, far)
