@@ -207,23 +207,16 @@ def backward_kernel(
         at_step = direction * steps + t
 
         if CELLS:
-            at_hh, at_c = at_step * 4 * H, at_step * H  # added to pointers, so that columns need 32 bits
+            at_hh = at_step * 4 * H + column  # [U, 2, 2]
+            at_c = at_step * H + unit  # [U]
             at = (row0, source, target)
             inverse = tl.load(inverse_ptr + at_step)
-            hh = (
-                load_columns(hh_ptr + at_hh, column, owned),
-                load_columns(hh_ptr + plane_hh + at_hh, column, owned),
-                gamma_hh,
-            )
-            ih = (
-                load_columns(ih_ptr + at_hh, column, owned),
-                load_columns(ih_ptr + plane_hh + at_hh, column, owned),
-                gamma_ih,
-            )
+            hh = (load_columns(hh_ptr, at_hh, owned), load_columns(hh_ptr + plane_hh, at_hh, owned), gamma_hh)
+            ih = (load_columns(ih_ptr, at_hh, owned), load_columns(ih_ptr + plane_hh, at_hh, owned), gamma_ih)
             of_c = (gamma_c, gamma_c, gamma_c, beta_c)
             if CELL_NORM:
-                mean_c = tl.load(of_c_ptr + at_c + unit, mask=owned_unit, other=0.0)[:, None]  # [U, 1]
-                rstd_c = tl.load(of_c_ptr + plane_c + at_c + unit, mask=owned_unit, other=0.0)[:, None]
+                mean_c = tl.load(of_c_ptr + at_c, mask=owned_unit, other=0.0)[:, None]  # [U, 1]
+                rstd_c = tl.load(of_c_ptr + plane_c + at_c, mask=owned_unit, other=0.0)[:, None]
                 of_c = (mean_c, rstd_c, gamma_c, beta_c)
             scale_c = of_c[1] * gamma_c
             live = b0 < n  # [BB]
@@ -296,8 +289,8 @@ def backward_kernel(
             d_c_new = d_h * o * (1.0 - through * through)
             if CELL_NORM:
                 sum_c, product_c = tl.sum(d_c_new, 1), tl.sum(d_c_new * c_hat, 1)  # [U]
-                tl.store(sums_c_ptr + at_c + unit, sum_c, mask=owned_unit)
-                tl.store(sums_c_ptr + plane_c + at_c + unit, product_c, mask=owned_unit)
+                tl.store(sums_c_ptr + at_c, sum_c, mask=owned_unit)
+                tl.store(sums_c_ptr + plane_c + at_c, product_c, mask=owned_unit)
                 d_c_new = norm_gradient(d_c_new, c_hat, scale_c, sum_c[:, None], product_c[:, None], inverse)
             d_c_new = tl.where(live[None, :], d_c + d_c_new, 0.0)
             d_a = pre_activation_gradient(d_h, d_c_new, through, i, f, g, o, c_old)  # [U, BB, 2, 2]
@@ -323,10 +316,10 @@ def backward_kernel(
                 SUMMED_LATER,
             )
             if COLUMN:
-                tl.store(sums_ptr + 3 * plane_hh + at_hh + column, tl.sum(d_x * x[None, :, None, None], 1), mask=owned)
-            tl.store(sums_ptr + at_hh + column, sums[0], mask=owned)
-            tl.store(sums_ptr + plane_hh + at_hh + column, sums[1], mask=owned)
-            tl.store(sums_ptr + 2 * plane_hh + at_hh + column, sums[2], mask=owned)
+                tl.store(sums_ptr + 3 * plane_hh + at_hh, tl.sum(d_x * x[None, :, None, None], 1), mask=owned)
+            tl.store(sums_ptr + at_hh, sums[0], mask=owned)
+            tl.store(sums_ptr + plane_hh + at_hh, sums[1], mask=owned)
+            tl.store(sums_ptr + 2 * plane_hh + at_hh, sums[2], mask=owned)
 
         if CELLS and WALK:
             # Scratch of row b: gradients of pre-activations [4H], then dh [H]. A program reads what it wrote.
@@ -366,8 +359,8 @@ def backward_kernel(
                     sum_c += tl.sum(d_c_new, 1)
                     product_c += tl.sum(d_c_new * c_hat, 1)
             if CELL_NORM:
-                tl.store(sums_c_ptr + at_c + unit, sum_c, mask=owned_unit)
-                tl.store(sums_c_ptr + plane_c + at_c + unit, product_c, mask=owned_unit)
+                tl.store(sums_c_ptr + at_c, sum_c, mask=owned_unit)
+                tl.store(sums_c_ptr + plane_c + at_c, product_c, mask=owned_unit)
             tl.debug_barrier()  # the scratch is read by other threads than wrote it
 
             sum_dy = tl.zeros((U, 2, 2), tl.float32)
@@ -424,11 +417,11 @@ def backward_kernel(
                 )
                 if COLUMN:
                     sum_column += tl.sum(d_x * x[None, :, None, None], 1)
-            tl.store(sums_ptr + at_hh + column, sum_dy, mask=owned)
-            tl.store(sums_ptr + plane_hh + at_hh + column, sum_hidden, mask=owned)
-            tl.store(sums_ptr + 2 * plane_hh + at_hh + column, sum_given, mask=owned)
+            tl.store(sums_ptr + at_hh, sum_dy, mask=owned)
+            tl.store(sums_ptr + plane_hh + at_hh, sum_hidden, mask=owned)
+            tl.store(sums_ptr + 2 * plane_hh + at_hh, sum_given, mask=owned)
             if COLUMN:
-                tl.store(sums_ptr + 3 * plane_hh + at_hh + column, sum_column, mask=owned)
+                tl.store(sums_ptr + 3 * plane_hh + at_hh, sum_column, mask=owned)
 
         if SYNC != "none":
             arrive(counter_ptr)
