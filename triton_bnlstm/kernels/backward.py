@@ -145,7 +145,10 @@ def backward_kernel(
     KEEP_X: tl.constexpr = STORE_X or COLUMN
     direction = tl.program_id(1).to(tl.int64)
     directions = tl.num_programs(1).to(tl.int64)
-    unit, _, owned_unit, _ = owned_columns(U, H)  # [U]
+    _, _, owned_unit, _ = owned_columns(U, H)  # [U]
+    # Said to begin anywhere: else a thread loads neighbouring units at once, and has each unit's sums to exchange with
+    # other threads. So it holds one unit, and what rows it holds more are added up before.
+    unit = tl.multiple_of(tl.program_id(0) * U + tl.arange(0, U), 1)
     in_block = (direction * block_rows - block_first) * 4 * H
     d_z_ptr += in_block
     d_x_ptr += direction * rows * 4 * H

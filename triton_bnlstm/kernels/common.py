@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 
 @triton.jit
@@ -141,7 +142,7 @@ def moments_of_live_rows(z, live, n):
 
     Columns that are not live hold 0.
     """
-    mean = tl.sum(z, 1) / n
+    mean = tl.sum(z, 1) * (1.0 / n)  # one division for all rows: each takes four instructions more than a product
     deviation = tl.where(live[None, :], z - mean[:, None], 0.0)
     return mean, tl.sum(deviation * deviation, 1)
 
@@ -163,19 +164,29 @@ def fill_seats(mean, var, population_mean, population_var, weight):
     return mean - rest * gap, weight * var + rest * population_var + weight * rest * gap * gap
 
 
+_INTERPRETED = tl.constexpr(not isinstance(owned_columns, triton.runtime.JITFunction))  # it knows no libdevice
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for x from 1 to infinity, which needs no care for numbers too large or too small: one instruction."""
+    return 1.0 / x if _INTERPRETED else libdevice.fast_dividef(1.0, x)
+
+
 @triton.jit
 def sigmoid(x):
     """1 / (1 + e⁻ˣ)."""
-    return 1.0 / (1.0 + tl.exp(-x))
+    return reciprocal(1.0 + tl.exp2(x * -_LOG2_E))  # `exp` would scale what is not a normal number; here that may be 0
 
 
 @triton.jit
 def tanh(x):
-    """By one exponential, right at both infinities; near 0, where that would cancel, by its series."""
-    far = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+    """By one exponential, right at both infinities; near 0, where that would cancel, by an odd polynomial."""
+    far = 1.0 - 2.0 * reciprocal(1.0 + tl.exp2(x * (2.0 * _LOG2_E)))
     y = x * x
-    near = x + x * y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835))))
-    return tl.where(y < 0.0625, near, far)  # at 1/4 the first term left out is 2e-9 of the result
+    near = x + x * y * (-0.33333240 + y * (0.13324237 - y * 0.05143003))  # of least error up to 1/4: 3e-9 of the result
+    return tl.where(y < 0.0625, near, far)
 
 
 @triton.jit

@@ -28,18 +28,21 @@ _NAME = tl.constexpr(f"forward_kernel {NOT_MET}")
 
 
 @triton.jit
-def used_statistics(mean, var, own_ptr, population_ptr, weight, at, plane, owned, eps, SEATS: tl.constexpr):
+def used_statistics(mean, var, own_ptr, population_ptr, weight, at, column, plane, owned, eps, SEATS: tl.constexpr):
     """Record the batch's moments and give what normalises: mean and 1/√(var + ε), each [M].
 
-    own_ptr, population_ptr: means, and `plane` elements further the variances; `at` [M]: this step's columns in them.
+    own_ptr, population_ptr: means, and `plane` elements further the variances; `at`: where this step's are, of
+        which `column` [M] are wanted.
     """
-    tl.store(own_ptr + at, mean, mask=owned)
-    tl.store(own_ptr + plane + at, var, mask=owned)
+    own_ptr += at
+    population_ptr += at
+    tl.store(own_ptr + column, mean, mask=owned)
+    tl.store(own_ptr + plane + column, var, mask=owned)
     if SEATS:
-        population_mean = tl.load(population_ptr + at, mask=owned, other=0.0)
-        population_var = tl.load(population_ptr + plane + at, mask=owned, other=1.0)
+        population_mean = tl.load(population_ptr + column, mask=owned, other=0.0)
+        population_var = tl.load(population_ptr + plane + column, mask=owned, other=1.0)
         mean, var = fill_seats(mean, var, population_mean, population_var, weight)
-    return mean, 1.0 / tl.sqrt(var + eps)
+    return mean, tl.rsqrt(var + eps)
 
 
 @triton.jit(do_not_specialize=["t0", "t1", "steps", "rows", "batch"])
@@ -115,13 +118,14 @@ def forward_kernel(
         n = tl.load(count_ptr + t)
         source, target = tl.load(first_ptr + t), tl.load(first_ptr + t + 1)  # rows of h_{t−1} and of h_t
         at_step = direction * steps + t
-        at_hh, at_c = at_step * 4 * H + column, at_step * H + unit  # [4U], [U]
-        scale = tl.load(scale_ptr + at_hh, mask=owned, other=0.0)  # [4U]
-        shift = tl.load(shift_ptr + at_hh, mask=owned, other=0.0)
+        at_hh, at_c = at_step * 4 * H, at_step * H  # added to pointers, so that columns need 32 bits
+        scale = tl.load(scale_ptr + at_hh + column, mask=owned, other=0.0)  # [4U]
+        shift = tl.load(shift_ptr + at_hh + column, mask=owned, other=0.0)
         weight = 1.0
         if SEATS:
             weight = tl.load(weight_ptr + at_step)
         count = tl.maximum(n, 1).to(tl.float32)
+        share = 1.0 / count
 
         live = b0 < n  # [BB]
         if not WALK:  # before the wait: the input does not depend on the other programs
@@ -154,7 +158,7 @@ def forward_kernel(
                 deviation = (z - mean[:, None]).to(deviation_ptr.dtype.element_ty)
                 tl.store(place, deviation, mask=owned[:, None] & live[None, :])
             mean, rstd = used_statistics(
-                mean, squares / count, own_hh_ptr, population_hh_ptr, weight, at_hh, plane_hh, owned, eps, SEATS
+                mean, squares * share, own_hh_ptr, population_hh_ptr, weight, at_hh, column, plane_hh, owned, eps, SEATS
             )
             a = x.to(tl.float32) * scale[:, None] + shift[:, None]
             a += (z - mean[:, None]) * (gamma * rstd)[:, None]  # [4U, BB]
@@ -165,7 +169,17 @@ def forward_kernel(
             if CELL_NORM:
                 mean, squares = moments_of_live_rows(c, live, count)
                 mean, rstd = used_statistics(
-                    mean, squares / count, own_c_ptr, population_c_ptr, weight, at_c, plane_c, owned_unit, eps, SEATS
+                    mean,
+                    squares * share,
+                    own_c_ptr,
+                    population_c_ptr,
+                    weight,
+                    at_c,
+                    unit,
+                    plane_c,
+                    owned_unit,
+                    eps,
+                    SEATS,
                 )
                 shown = (c - mean[:, None]) * (gamma_c * rstd)[:, None] + beta_c[:, None]
             h = o * tanh(shown)
@@ -203,7 +217,7 @@ def forward_kernel(
                 tl.store(place, z, mask=owned[:, None] & live[None, :])
             own_mean = mean
             mean, rstd = used_statistics(
-                mean, squares / count, own_hh_ptr, population_hh_ptr, weight, at_hh, plane_hh, owned, eps, SEATS
+                mean, squares * share, own_hh_ptr, population_hh_ptr, weight, at_hh, column, plane_hh, owned, eps, SEATS
             )
             tl.debug_barrier()  # the scratch is read by other threads than wrote it
 
@@ -236,9 +250,9 @@ def forward_kernel(
                     h = o * tanh(c_new)
                     tl.store(state_rows(h_ptr, target, b, unit, H), h.to(h_ptr.dtype.element_ty), mask=stored)
             if CELL_NORM:
-                var_c = squares_c / count
+                var_c = squares_c * share
                 mean_c, rstd_c = used_statistics(
-                    mean_c, var_c, own_c_ptr, population_c_ptr, weight, at_c, plane_c, owned_unit, eps, SEATS
+                    mean_c, var_c, own_c_ptr, population_c_ptr, weight, at_c, unit, plane_c, owned_unit, eps, SEATS
                 )
                 tl.debug_barrier()
                 for start in range(0, n, BB):
