@@ -18,6 +18,8 @@ REVERSED = (
 STATES = "tests/test_kernels.py::test_states_without_a_gradient[evaluation-host-shorter than T]"
 BACKWARD = "tests/test_backward.py::test_divisions_of_the_product[2-1-streamed]"
 BACKWARD_WALKED = "tests/test_backward.py::test_a_walked_batch[2-1-cell norm]"
+# The interpreter does not come to the code that waits on a GPU: its PTX is looked at.
+COMPILED = "tests/test_atlas_code.py::test_the_barrier_of_real_kernels[sm90 assert]"
 
 
 def _weak(case: str) -> str:
@@ -29,6 +31,7 @@ TESTS = (
     *(FORWARD, WALKED, PARTS, DIRECTIONS, REVERSED, STATES, BACKWARD, BACKWARD_WALKED),
     *(_weak("forward, ragged"), _weak("forward, walked"), _weak("evaluation, ragged")),
     *(_weak("backward, ragged"), _weak("backward, in parts, ragged"), _weak("backward, in parts, walked")),
+    COMPILED,
 )
 
 
@@ -89,6 +92,18 @@ MUTANTS = (
         "kernels/barrier.py",
         (('tl.atomic_add(counter_ptr, 0, sem="acquire")', 'tl.atomic_add(counter_ptr, 0, sem="relaxed")'),),
         _weak("forward, ragged"),
+    ),
+    Mutant(
+        "the poll does not acquire, on a GPU",
+        "kernels/barrier.py",
+        (("SPIN:\n    ld.acquire.gpu", "SPIN:\n    ld.relaxed.gpu"),),
+        COMPILED,
+    ),
+    Mutant(
+        "the poll acquires of its own block, on a GPU",
+        "kernels/barrier.py",
+        (("NAP:\n    ld.acquire.gpu", "NAP:\n    ld.acquire.cta"),),
+        COMPILED,
     ),
     Mutant(
         "no block barrier before the arrival",
@@ -229,7 +244,12 @@ MUTANTS = (
     Mutant(
         "the cell's variance is divided by n − 1",
         "kernels/forward.py",
-        (("mean, squares / count, own_c_ptr", "mean, squares / (count - 1.0), own_c_ptr"),),
+        (
+            (
+                "                    squares * share,\n                    own_c_ptr",
+                "                    squares / (count - 1.0),\n                    own_c_ptr",
+            ),
+        ),
         FORWARD,
     ),
     Mutant(

@@ -1,15 +1,13 @@
 """The few tests that find most defects, for a Triton that is not tested in full: `python -m tests.smoke`.
 
-They are those that catch the defects of `tests.mutants`; what follows on the command line goes to pytest.
+They are those that catch the defects of `tests.mutants`, in the interpreter and compiled ahead of time; what follows on
+the command line goes to pytest.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-
-# What compiles a kernel for devices that are not here, and reads its machine code.
-COMPILED = ("tests/test_aot.py::test_a_slice_of_the_weights_stays_on_chip",)
 
 
 def main() -> int:
@@ -22,7 +20,7 @@ def main() -> int:
     from tests.mutants import TESTS
 
     print(f"smoke: Triton {triton.__version__}, torch {torch.__version__}", flush=True)
-    return int(pytest.main(["-q", "-p", "no:cacheprovider", "--schedules", "2", *TESTS, *COMPILED, *sys.argv[1:]]))
+    return int(pytest.main(["-q", "-p", "no:cacheprovider", "--schedules", "2", *TESTS, *sys.argv[1:]]))
 
 
 if __name__ == "__main__":
