@@ -6,6 +6,8 @@ number types, and each kernel's every variant.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("triton")
@@ -21,12 +23,14 @@ from bench.aot.targets import NUMBERS, TARGETS
 
 ON_PURPOSE = f"if that is meant, write the table again and commit it: {COMMAND}"
 PARTS = representative(VARIANTS)
-# Sequence mode there spills one value of eight bytes, and nothing else.
+# Sequence mode there spills up to eight bytes of a thread, and nothing else is wrong: target, kernel, H.
 SPILL = {
     ("sm86", "backward/cell+fill", "1024"),
     ("sm120", "backward/plain", "1024"),
     ("sm120", "backward/cell+fill", "1024"),
 }
+if triton.__version__.startswith("3.6."):
+    SPILL |= {("sm90", "backward/plain", "1024")}
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.target}-{'+'.join(part.numbers)}-H{part.hiddens[0]}")
@@ -34,6 +38,7 @@ def test_no_kernel_is_worse_than_in_the_table(part: Request, tmp_path):
     rows, reason = compile_rows(part, tmp_path)
     if reason is not None:
         pytest.skip(reason)
+    rows = [replace(row, problems=NOTHING) if is_known(row) else row for row in rows]
     assert [f"{row}: {row.problems}" for row in rows if row.problems != NOTHING] == []
     assert {row.name[2] for row in rows} >= set(part.variants)
     check_modes(rows)
@@ -45,6 +50,11 @@ def test_no_kernel_is_worse_than_in_the_table(part: Request, tmp_path):
     if table.head["Triton"] != triton.__version__:
         reason = f"the table is Triton {table.head['Triton']}'s, this is {triton.__version__}"
         pytest.skip(f"all but the growth of loops: {reason}")
+
+
+def is_known(row: Row) -> bool:
+    spills = row.problems.startswith("spills: ") and ";" not in row.problems and row.number("stack") <= 8
+    return spills and row.name[3] == "sequence" and (row.name[0], row.name[2], row.name[5]) in SPILL
 
 
 def recurrent(rows: list[Row]) -> list[Row]:
@@ -97,18 +107,18 @@ def test_the_table_is_whole():
     table = read(TABLE)
     assert table.head["Command"] == COMMAND
     rows = list(table.rows.values())
-    wrong = [row for row in rows if row.of == "default" and row.problems != NOTHING]
-    assert [f"{row}: {row.problems}" for row in wrong if (row.name[0], row.name[2], row.name[5]) not in SPILL] == []
-    assert [f"{row}: {row.problems}" for row in wrong if row.number("stack") > 8 or ";" in row.problems] == []
+    wrong = [row for row in rows if row.of == "default" and row.problems != NOTHING and not is_known(row)]
+    assert [f"{row}: {row.problems}" for row in wrong] == []
     assert [str(row) for row in rows if row.matrix and row.number("loop_matrix") == 0] == []
     for part in preset(VARIANTS):
         for variant in part.variants:
             for hidden in part.hiddens:
                 for numbers in part.numbers:
-                    sizes = {("-", "-"), (str(part.batches[0]), str(hidden))}
                     of = "near" if part.near else "default"
                     found = [row for row in rows if row.name[:3] == (part.target, numbers, variant) and row.of == of]
-                    assert any(row.name[4:6] in sizes for row in found), (part.target, numbers, variant, hidden)
+                    shared = variant.startswith("moments/")  # by several sizes, and called after one
+                    sized = [row for row in found if shared or row.name[5] == str(hidden)]
+                    assert sized, (part.target, numbers, variant, hidden)
 
 
 def test_the_table_has_what_tuning_may_choose_and_why_not():

@@ -94,7 +94,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str], versions: dict[str, str], known: list[str]) -> int:
-    """Make the table. known: all variants. The exit status: 1 if a default has a problem or (--check) is worse."""
+    """Make the table. known: all variants. The exit status: 1 if a default has a problem; (--check) if it is worse."""
     arguments = _arguments(argv)
     console = Console(width=None if sys.stdout.isatty() else 140)
     plan = everything(known) if arguments.everything else preset(known)
@@ -120,9 +120,9 @@ def main(argv: list[str], versions: dict[str, str], known: list[str]) -> int:
     wrong = [f"{row}: {row.problems}" for row in rows if row.of == "default" and row.problems != NOTHING]
     if arguments.check:
         try:
-            wrong = list(dict.fromkeys(wrong + differences(rows, read(arguments.table), triton=versions["triton"])))
+            wrong = differences(rows, read(arguments.table), triton=versions["triton"])
         except (OSError, ValueError) as error:
-            wrong.append(str(error))
+            wrong = [str(error)]
     else:
         about: list[str] = [
             "What each kernel needs, compiled ahead of time: see the command's --help",

@@ -34,7 +34,10 @@ def mode(result: dict[str, Any]) -> str:
 
 
 def name(result: dict[str, Any]) -> tuple[str, ...]:
-    """`NAMES` of a kernel that was or would be compiled. Those that serve every size are not called after one."""
-    sized = "config" in result or "U" in result["constants"]
+    """`NAMES` of a kernel that was or would be compiled. One that serves every size is not called after any.
+
+    One that a request's other sizes have in common is called after the first of them.
+    """
+    sized = "config" in result or "U" in result["constants"] or "BC" in result["constants"]
     sizes = [str(result[each]) if sized else "-" for each in ("batch", "hidden", "directions")]
     return (result["target"], result["numbers"], result["kernel"], mode(result), *sizes, layout(result))
