@@ -23,14 +23,12 @@ from bench.aot.targets import NUMBERS, TARGETS
 
 ON_PURPOSE = f"if that is meant, write the table again and commit it: {COMMAND}"
 PARTS = representative(VARIANTS)
-# Sequence mode there spills up to eight bytes of a thread, and nothing else is wrong: target, kernel, H.
-SPILL = {
-    ("sm86", "backward/cell+fill", "1024"),
-    ("sm120", "backward/plain", "1024"),
-    ("sm120", "backward/cell+fill", "1024"),
-}
+# Bytes of stack that sequence mode spills there, by target, kernel and H; nothing else may be wrong. On sm120 it is six
+# instructions of 1,389, and without them the pipeline that streams W_hh could be two deep instead of four.
+SPILL = {("sm120", "backward/cell+fill", "1024"): 24}
 if triton.__version__.startswith("3.6."):
-    SPILL |= {("sm90", "backward/plain", "1024")}
+    SPILL |= {("sm90", "backward/plain", "512"): 8, ("sm90", "backward/plain", "1024"): 8}
+    SPILL |= {("sm100", "backward/cell+fill", "1024"): 16}
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.target}-{'+'.join(part.numbers)}-H{part.hiddens[0]}")
@@ -53,8 +51,9 @@ def test_no_kernel_is_worse_than_in_the_table(part: Request, tmp_path):
 
 
 def is_known(row: Row) -> bool:
-    spills = row.problems.startswith("spills: ") and ";" not in row.problems and row.number("stack") <= 8
-    return spills and row.name[3] == "sequence" and (row.name[0], row.name[2], row.name[5]) in SPILL
+    most = SPILL.get((row.name[0], row.name[2], row.name[5]), 0)
+    spills = row.problems.startswith("spills: ") and ";" not in row.problems
+    return spills and row.name[3] == "sequence" and row.number("stack") <= most
 
 
 def recurrent(rows: list[Row]) -> list[Row]:
