@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -24,11 +26,23 @@ if settings is not None:
 torch.set_num_threads(1)
 
 
+def _at_least(least: int, text: str) -> int:
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
+    return int(text)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How many schedules tests/test_schedules.py tries, and which."""
     group = parser.getgroup("schedules of programs that meet")
-    group.addoption("--schedules", type=int, metavar="N", help="of each case (default: 20)")
-    group.addoption("--first-schedule", type=int, default=0, metavar="SEED", help="first seed (default: %(default)s)")
+    group.addoption("--schedules", type=partial(_at_least, 1), metavar="N", help="of each case (default: 20)")
+    group.addoption(
+        "--first-schedule",
+        type=partial(_at_least, 0),
+        default=0,
+        metavar="SEED",
+        help="first seed (default: %(default)s)",
+    )
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -21,7 +21,17 @@ import triton.language as tl
 from tests.support.concurrent import MOST_PROGRAMS, Programs, ProgramsError, programs_at_once
 from tests.support.interpreter import program_place
 from tests.support.launches import Copies, OutOfBoundsError, recording
-from tests.support.sequence_case import CASES, DIVIDED, PLAIN, RAGGED, call, call_by_steps, differing, recorded
+from tests.support.sequence_case import (
+    CASES,
+    DIVIDED,
+    ONE_PROGRAM,
+    PLAIN,
+    RAGGED,
+    call,
+    call_by_steps,
+    differing,
+    recorded,
+)
 from tests.support.turns import StuckError, Turns
 from tests.support.weak_memory import WeakMemory
 from triton_bnlstm.kernels import launch
@@ -39,7 +49,7 @@ def schedules(request, default):
 
 
 def again(request, seed):
-    """How to repeat a schedule, as a failure tells it."""
+    """How to repeat a schedule, the last line of a failure."""
     return f"schedule {seed}; again: pytest '{request.node.nodeid}' --first-schedule {seed} --schedules 1"
 
 
@@ -53,21 +63,30 @@ def test_programs_at_once(request, name):
     ) as programs:
         for seed in schedules(request, 20):
             programs.reset()
+            trouble = ""
             try:
                 programs.run(LIMIT, seed)
             except ProgramsError as error:
-                pytest.fail(f"{again(request, seed)}\n{error}", pytrace=False)
+                trouble = str(error)
+            if trouble:
+                pytest.fail(f"{trouble}\n{again(request, seed)}", pytrace=False)
             wrong = launched.differing(programs.args[: len(launched.tensors)])
             assert wrong == [], again(request, seed)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *ONE_PROGRAM])
 def test_weak_memory(request, name):
     """Programs take turns, and see of each other only what the barrier makes them see. The seed says everything."""
     launched = recorded(name)
     for seed in schedules(request, 6):
-        tensors, outcome = weakly(launched, seed)
-        assert outcome.races == [], again(request, seed)
+        trouble = ""
+        try:
+            tensors, outcome = weakly(launched, seed)
+            trouble = "\n".join(outcome.races)
+        except (StuckError, OutOfBoundsError) as error:
+            trouble = str(error)
+        if trouble:
+            pytest.fail(f"{trouble}\n{again(request, seed)}", pytrace=False)
         assert launched.differing(tensors) == [], again(request, seed)
 
 

@@ -22,7 +22,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -141,7 +141,7 @@ def _serve(
 
 
 def _shared_memory(size: int) -> Tensor:
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size]
 
 
 class Programs:
@@ -220,8 +220,11 @@ class Programs:
             ProgramsError: a program raised or died (the others are then killed at once), or the time is up. The
                 processes cannot be used again.
         """
+        if not self._processes:
+            raise ProgramsError(f"{self._name}: its processes have ended", [])
         for each in self._processes:
-            each.tasks.send(_Task(seed, limit))
+            with suppress(OSError):  # one that has died has the end of its pipe to show, below
+                each.tasks.send(_Task(seed, limit))
         running = {each.results: each for each in self._processes}
         deadline = time.monotonic() + limit
         failed = None

@@ -25,7 +25,7 @@ from triton.runtime import interpreter
 
 Place = tuple[int, ...]  # of a program in its grid, always three numbers
 
-_NOT_OF_A_KERNEL = (str(Path(triton.__file__).parent), str(Path(__file__).parent))
+_NOT_OF_A_KERNEL = (str(Path(triton.__file__).parent), str(Path(__file__).parent), threading.__file__)
 # what tells a reader how far a program is: steps, what it waits for, rows
 _TOLD = ("t", "target", "start")
 

@@ -149,16 +149,21 @@ def meets(constants: dict[str, Any]) -> bool:
     return bool(constants.get("SYNC", "none") != "none")
 
 
+def holds_steps(constants: dict[str, Any]) -> bool:
+    """Whether programs meet, or one holds a whole recurrence, whose threads then meet."""
+    return meets(constants) or constants.get("PROGRAMS") == 1
+
+
 @contextmanager
-def intercepting(instead: Callable[..., None]) -> Iterator[None]:
-    """Within it launches whose programs meet go to `instead`, which takes what `launch._run` takes.
+def intercepting(instead: Callable[..., None], of: Callable[[dict[str, Any]], bool] = meets) -> Iterator[None]:
+    """Within it launches with such constants go to `instead`, which takes what `launch._run` takes.
 
     What a kernel is to write holds NaN before, so that it shows if it is read too early.
     """
     run_as_ever = launch._run
 
     def run(kernel: Any, grid: Place, tensors: Any, scalars: Any, constants: dict[str, Any], options: Any) -> None:
-        (instead if meets(constants) else run_as_ever)(kernel, grid, tensors, scalars, constants, options)
+        (instead if of(constants) else run_as_ever)(kernel, grid, tensors, scalars, constants, options)
 
     def holding_nan(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full(shape, math.nan, dtype=dtype, device=device)
@@ -172,7 +177,7 @@ def intercepting(instead: Callable[..., None]) -> Iterator[None]:
 
 @contextmanager
 def recording() -> Iterator[list[Recorded]]:
-    """Within it launches whose programs would meet are recorded; gives the list, which grows."""
+    """Within it launches of all steps are recorded; gives the list, which grows."""
     found: list[Recorded] = []
-    with intercepting(lambda *launched: found.append(record(*launched))):
+    with intercepting(lambda *launched: found.append(record(*launched)), holds_steps):
         yield found

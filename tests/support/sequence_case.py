@@ -99,11 +99,21 @@ CASES: dict[str, dict[str, Any]] = {
     "evaluation, ragged": {**_EVALUATION, "batch": 18, "lengths": RAGGED_TILES},
 }
 
+_ALL = 8  # units: one program holds the recurrence, and its threads alone meet
+_ONE = replace(PLAIN, units=_ALL)
+# The same where no programs meet.
+ONE_PROGRAM: dict[str, dict[str, Any]] = {
+    "forward, one program": {**_FORWARD, "config": _ONE, "lengths": RAGGED},
+    "forward, one program, walked": {**_FORWARD, "config": _ONE, "batch": 18, "lengths": RAGGED_TILES},
+    "backward, one program": {**_BACKWARD, "backward": replace(BACKWARD, units=_ALL), "lengths": RAGGED},
+    "evaluation, one program": {**_EVALUATION, "config": _ONE, "lengths": RAGGED},
+}
+
 
 @cache
 def recorded(name: str) -> Recorded:
-    """The launch of one of `CASES`."""
+    """The launch of one of `CASES` or `ONE_PROGRAM`."""
     with recording() as found:
-        call(**CASES[name])
+        call(**{**CASES, **ONE_PROGRAM}[name])
     (launch,) = found
     return launch

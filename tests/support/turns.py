@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Hashable
 
 import numpy as np
@@ -12,7 +13,10 @@ from tests.support.interpreter import position_of_thread
 
 
 class StuckError(RuntimeError):
-    """All programs that have not finished wait for something that will not come."""
+    """Programs wait for something that does not come, or do not come to an end."""
+
+
+_ROUNDS = 3  # in which all look once more at what they wait for, before they count as stuck
 
 
 class _AbandonedError(BaseException):
@@ -26,10 +30,14 @@ class Turns:
         names: of the bodies, in reports.
         seed: of the choices. Three policies, by seed modulo 3: anybody is next; one is held back until the others
             cannot go on; who runs mostly runs on.
+        limit: seconds after which a run is cut off.
     """
 
-    def __init__(self, names: list[object], seed: int) -> None:
+    def __init__(self, names: list[object], seed: int, limit: float = 120.0) -> None:
         self._names = names
+        self._limit = limit
+        self._deadline = time.monotonic() + limit
+        self._idle_rounds = 0
         self._random = random.Random(seed)
         self._policy = seed % 3
         self._held_back = self._random.randrange(len(names))
@@ -65,7 +73,8 @@ class Turns:
         for each in self._threads:
             each.start()
         self._may_run[self._choose(-1)].release()
-        self._over.wait()
+        if not self._over.wait(self._limit + 5.0):  # one of them goes round without ever giving way
+            raise StuckError(f"not finished after {self._limit:g} s:\n{self._positions()}")
         for each in self._threads:
             each.join()
         if self._trouble is not None:
@@ -78,13 +87,18 @@ class Turns:
             raise _AbandonedError
 
     def wait(self, own: int, event: Hashable) -> None:
-        """Let others run until `happened(event)`."""
+        """Let others run until `happened(event)`, or until nobody else can run."""
         self._waiting[own] = event
         self.give_way(own)
 
     def happened(self, event: Hashable) -> None:
         """Those that wait for it may go on."""
         self._waiting = {k: e for k, e in self._waiting.items() if e != event}
+        self._idle_rounds = 0
+
+    def _positions(self) -> str:
+        where = (f"{self._names[k]}: {position_of_thread(self._threads[k])}" for k in sorted(self._running))
+        return "\n".join(where)
 
     def _choose(self, own: int) -> int:
         ready = sorted(self._running - self._waiting.keys())
@@ -100,8 +114,12 @@ class Turns:
         if self._trouble is not None:
             self._waiting.clear()  # all of them are to end
         elif self._running and not self._running - self._waiting.keys():
-            where = (f"{self._names[k]}: {position_of_thread(self._threads[k])}" for k in sorted(self._running))
-            self._trouble = StuckError("no program can go on:\n" + "\n".join(where))
+            self._idle_rounds += 1
+            if self._idle_rounds > _ROUNDS:
+                self._trouble = StuckError(f"no program can go on:\n{self._positions()}")
+            self._waiting.clear()
+        elif time.monotonic() > self._deadline:
+            self._trouble = StuckError(f"not finished after {self._limit:g} s:\n{self._positions()}")
             self._waiting.clear()
         chosen = self._choose(own)
         if chosen == own:

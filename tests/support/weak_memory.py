@@ -12,7 +12,8 @@ memory of its own, brought up to date by nothing but the synchronisation that th
 A load gives what the view holds, so a kernel that lacks one of the three computes with old values. And each pair of
 accesses to one element, of which one is a store and which nothing has put in order, is told as a race, also where the
 values happened to be right. Both are stricter than any GPU: a missing block barrier between two threads of a warp, or
-stores that happen to drain early, often do no harm there.
+stores that happen to drain early, often do no harm there; and what one thread acquires and releases again itself would
+need no block barrier between. Atomic operations of a narrower scope than the GPU order nothing between programs.
 
 Known are phases: a program's phase is how many block barriers it has passed; clock[p][q] is the last phase of q of
 which p knows everything (vector clocks; the happens-before order of C++ and of PTX, with a program's threads taken
@@ -33,6 +34,7 @@ from tests.support.interpreter import Place, bits, extent, own_position, places_
 from tests.support.launches import OutOfBoundsError
 from tests.support.turns import Turns
 
+_WIDE = ("GPU", "SYSTEM")  # scopes that reach other programs
 _ACQUIRES = ("ACQUIRE", "ACQUIRE_RELEASE")
 _RELEASES = ("RELEASE", "ACQUIRE_RELEASE")
 _GIVES_WAY = 0.3  # share of accesses after which another program may run; at atomics and block barriers always
@@ -102,13 +104,22 @@ class WeakMemory:
     Args:
         kernel, grid, tensors, names: of the launch. The tensors take what all programs together have written.
         seed: of the schedule.
+        limit: seconds after which the run is cut off.
     """
 
-    def __init__(self, kernel: Any, grid: Place, tensors: tuple[Tensor, ...], names: list[str], seed: int) -> None:
+    def __init__(
+        self,
+        kernel: Any,
+        grid: Place,
+        tensors: tuple[Tensor, ...],
+        names: list[str],
+        seed: int,
+        limit: float = 120.0,
+    ) -> None:
         self._kernel, self._grid = kernel, grid
         self._places = places_of(grid)
         programs = len(self._places)
-        self._turns = Turns([f"program {place}" for place in self._places], seed)
+        self._turns = Turns([f"program {place}" for place in self._places], seed, limit)
         self._random = random.Random(seed)
         self._space = space = _Space(tensors, names)
 
@@ -120,6 +131,7 @@ class WeakMemory:
         self._phase = np.ones(programs, np.int64)
         self._acquired = np.zeros((programs, programs), np.int64)  # waits for a block barrier
         self._published: dict[int, np.ndarray[Any, Any]] = {}  # by element
+        self._counted: dict[int, tuple[int, int, int]] = {}  # who last added to it, in which phase, on which line
         self._seen: list[dict[int, int]] = [{} for _ in range(programs)]  # what a poll has found
 
         self._writer = np.full(space.count, -1)
@@ -134,7 +146,8 @@ class WeakMemory:
         """call(): the launch of one program with grid (1,).
 
         Raises:
-            StuckError: the programs wait for each other.
+            StuckError: the programs wait for each other, or do not come to an end.
+            NotImplementedError: an atomic operation other than adding to one integer.
             OutOfBoundsError: see there.
         """
         builder = interpreter.interpreter_builder
@@ -143,6 +156,8 @@ class WeakMemory:
             patch.setattr(builder, "create_masked_store", self._store)
             patch.setattr(builder, "create_atomic_rmw", self._add)
             patch.setattr(builder, "create_barrier", self._block_barrier)
+            for name in ("create_atomic_cas", "create_atomic_load", "create_atomic_store", "create_atomic_poll"):
+                patch.setattr(builder, name, self._refuse, raising=False)
 
             def body(own: int) -> None:
                 enter(self._places[own])
@@ -151,6 +166,10 @@ class WeakMemory:
             self._turns.run(body)
         self._space.write_back()
         return Outcome(list(self._races.values()))
+
+    @staticmethod
+    def _refuse(*_: Any) -> None:
+        raise NotImplementedError(f"an atomic operation that this memory does not know: {own_position()}")
 
     def _program(self) -> int:
         return self._places.index(tuple(interpreter.interpreter_builder.grid_idx))
@@ -162,10 +181,11 @@ class WeakMemory:
         lines = list(self._lines)
         inside = "no block barrier between" if own == other else "nothing has put them in order"
         key = (what, lines[line], lines[others_line])
+        places = f"program {self._places[own]} {what} program {self._places[other]}"
         self._races.setdefault(
             key,
-            f"{self._space.name(element)}: program {self._places[own]} {what} program {self._places[other]}, {inside}: "
-            f"{lines[line]}; {lines[others_line]}",
+            f"{self._space.name(element)}: {places}, {inside}\n"
+            f"    the former: {lines[line]}\n    the latter: {lines[others_line]}",
         )
 
     def _not_after_stores(self, own: int, at: np.ndarray[Any, Any], what: str, line: int) -> None:
@@ -186,6 +206,7 @@ class WeakMemory:
             own, line = self._program(), self._line()
             at = self._space.at(pointers.data[lanes], "load")
             self._not_after_stores(own, at, "reads what is stored by", line)
+            self._not_after_counts(own, at, "reads what is counted by", line)
             self._read_phase[own, at] = self._phase[own]
             self._read_line[own, at] = line
             values = self._view[own][at].astype(f"u{dtype.itemsize}")
@@ -200,6 +221,9 @@ class WeakMemory:
         own, line = self._program(), self._line()
         at = self._space.at(pointers.data[lanes], "store")
         self._not_after_stores(own, at, "stores over what is stored by", line)
+        self._not_after_counts(own, at, "stores over what is counted by", line)
+        for element in self._published.keys() & set(at.tolist()):
+            del self._published[element]  # nobody acquires what was published before through a plain store
         for other in range(len(self._places)):
             unknown = self._read_phase[other, at] > self._clock[own][other]
             if unknown.any():
@@ -214,30 +238,39 @@ class WeakMemory:
         self._writer[at], self._write_phase[at], self._write_line[at] = own, self._phase[own], line
         self._sometimes_give_way(own)
 
-    def _add(self, operation: Any, pointer: Any, value: Any, mask: Any, order: Any, _: Any) -> Any:
-        assert "ADD" in str(operation), operation
-        assert pointer.data.size == 1, "only single counters"
-        assert mask.data.all()
-        own = self._program()
+    def _add(self, operation: Any, pointer: Any, value: Any, mask: Any, order: Any, scope: Any) -> Any:
+        kind = str(operation).rpartition(".")[2]
+        if kind != "ADD" or pointer.data.size != 1 or not mask.data.all() or value.data.item() < 0:
+            raise NotImplementedError(f"only one counter, in integers and upwards, not {kind}: {own_position()}")
+        own, line = self._program(), self._line()
         self._turns.give_way(own)
-        (element,) = (int(e) for e in self._space.at(pointer.data.reshape(-1), "atomic operation"))
-        added = int(value.data.item())
-        while not added and self._seen[own].get(element) == int(self._space.values[element]):
+        at = self._space.at(pointer.data.reshape(-1), "atomic operation")
+        element, added = int(at[0]), int(value.data.item())
+        self._not_after_stores(own, at, "counts where there is stored by", line)
+        if not added and self._seen[own].get(element) == int(self._space.values[element]):
             self._turns.wait(own, element)  # a poll that would find what it has found before
         found = int(self._space.values[element])
-        name = str(order).rpartition(".")[2]
-        if any(name == each for each in _ACQUIRES) and element in self._published:
+        order, wide = str(order).rpartition(".")[2], str(scope).rpartition(".")[2] in _WIDE
+        if wide and order in _ACQUIRES and element in self._published:
             self._acquired[own] = np.maximum(self._acquired[own], self._published[element])
-        if any(name == each for each in _RELEASES):
+        if wide and order in _RELEASES:
             clock = self._clock[own].copy()
             clock[own] = self._phase[own] - 1
             self._published[element] = np.maximum(self._published.get(element, np.zeros_like(clock)), clock)
         if added:
             self._space.values[element] = found + added
+            self._counted[element] = own, int(self._phase[own]), line
             self._turns.happened(element)
         self._seen[own][element] = found
         self._turns.give_way(own)
         return interpreter.TensorHandle(np.full_like(value.data, found), value.dtype.scalar)
+
+    def _not_after_counts(self, own: int, at: np.ndarray[Any, Any], what: str, line: int) -> None:
+        """Tell of a counter among these elements that has grown, and this program does not know."""
+        for element in self._counted.keys() & set(at.tolist()):
+            other, phase, others_line = self._counted[element]
+            if phase > self._clock[own][other]:
+                self._tell(own, other, what, element, line, others_line)
 
     def _block_barrier(self, *_: Any) -> None:
         own = self._program()
