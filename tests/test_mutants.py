@@ -9,7 +9,7 @@ from tests.support import need_kernels
 pytest.importorskip("triton")
 
 from tests.mutants import FORWARD, MUTANTS, TESTS, Mutant
-from tests.mutation import BEGIN, ROOT, TABLE, StaleMutantError, caught, edited, serving, table
+from tests.mutation import BEGIN, ROOT, TABLE, StaleMutantError, caught, edited, main, serving, table
 from triton_bnlstm.kernels import launch
 
 need_kernels()
@@ -75,3 +75,10 @@ def test_names_are_different_and_files_are_there():
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 12
     assert all((ROOT / "triton_bnlstm" / mutant.file).is_file() for mutant in MUTANTS)
     assert {mutant.caught_by for mutant in MUTANTS} <= set(TESTS)
+
+
+def test_a_name_that_no_mutant_has(capsys):
+    with pytest.raises(SystemExit) as caught_exit:
+        main(["--only", "no such thing"])
+    assert caught_exit.value.code == 2
+    assert "no mutant has that in its name" in capsys.readouterr().err

@@ -15,8 +15,6 @@ from tests.support import need_kernels
 
 pytest.importorskip("triton")
 
-import triton
-import triton.language as tl
 
 from tests.support.concurrent import MOST_PROGRAMS, Programs, ProgramsError, programs_at_once
 from tests.support.interpreter import program_place
@@ -182,83 +180,6 @@ def test_patching_the_language_once_changes_nothing(monkeypatch):
     fast = call(replace(PLAIN, sequence=False), lengths=RAGGED)
     monkeypatch.setattr(interpreter, "_patch_lang", interpreter._patch_lang_at_every_call)
     assert differing(fast, call(replace(PLAIN, sequence=False), lengths=RAGGED)) == []
-
-
-@triton.jit
-def message(
-    data_ptr, flag_ptr, out_ptr, SEND: tl.constexpr, TAKE: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr
-):
-    """Program 0 writes data and raises a flag; program 1 waits for the flag and reads the data."""
-    lane = tl.arange(0, 8)
-    if tl.program_id(0) == 0:
-        tl.store(data_ptr + lane, lane + 1)
-        if BEFORE:
-            tl.debug_barrier()
-        tl.atomic_add(flag_ptr, 1, sem=SEND)
-    else:
-        while tl.atomic_add(flag_ptr, 0, sem=TAKE) < 1:
-            pass
-        if AFTER:
-            tl.debug_barrier()
-        tl.store(out_ptr + lane, tl.load(data_ptr + lane))
-
-
-@pytest.mark.parametrize(
-    ("changes", "arrives"),
-    [
-        ({}, True),
-        ({"SEND": "acq_rel", "TAKE": "acq_rel"}, True),
-        ({"SEND": "relaxed"}, False),
-        ({"SEND": "acquire"}, False),
-        ({"TAKE": "relaxed"}, False),
-        ({"TAKE": "release"}, False),
-        ({"BEFORE": False}, False),
-        ({"AFTER": False}, False),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("seed", range(4))
-def test_a_message(changes, arrives, seed):
-    """It takes a release, an acquire and both block barriers; without any of them old data are read, and told."""
-    data, flag, out = torch.zeros(8, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), torch.zeros(8).int()
-    constants = {"SEND": "release", "TAKE": "acquire", "BEFORE": True, "AFTER": True, **changes}
-    memory = WeakMemory(message, (2,), (data, flag, out), ["data", "flag", "out"], seed)
-    races = memory.run(lambda: message[(1,)](data, flag, out, **constants)).races
-    assert data.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert out.tolist() == ([1, 2, 3, 4, 5, 6, 7, 8] if arrives else [0] * 8)
-    assert len(races) == (0 if arrives else 1)
-    if races:
-        assert "data[0]: program (1, 0, 0) reads what is stored by program (0, 0, 0)" in races[0]
-
-
-@triton.jit
-def own_scratch(data_ptr, out_ptr, BARRIER: tl.constexpr, OVER: tl.constexpr):
-    """A program reads back, reversed, what other threads of it have stored, and (OVER) then stores over it."""
-    lane = tl.arange(0, 8)
-    tl.store(data_ptr + lane, lane + 1)
-    if BARRIER:
-        tl.debug_barrier()
-    back = tl.load(data_ptr + 7 - lane)
-    if OVER:
-        tl.store(data_ptr + lane, back)
-    tl.store(out_ptr + lane, back)
-
-
-@pytest.mark.parametrize(("barrier", "over", "races"), [(True, False, 0), (False, False, 1), (True, True, 1)])
-def test_threads_of_a_program_are_in_order_by_block_barriers_alone(barrier, over, races):
-    data, out = torch.zeros(8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
-    memory = WeakMemory(own_scratch, (1,), (data, out), ["data", "out"], 0)
-    found = memory.run(lambda: own_scratch[(1,)](data, out, BARRIER=barrier, OVER=over)).races
-    assert len(found) == races
-    assert all("no block barrier between" in race for race in found)
-
-
-def test_memory_beside_the_tensors_is_told():
-    data, out = torch.zeros(8, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
-    with pytest.raises(OutOfBoundsError, match=r"store beside all tensors: test_schedules.py:\d+ in own_scratch"):
-        WeakMemory(own_scratch, (1,), (data, out), ["data", "out"], 0).run(
-            lambda: own_scratch[(1,)](data, out, BARRIER=True, OVER=False)
-        )
 
 
 def test_naps_are_those_of_the_seed(monkeypatch):

@@ -16,7 +16,7 @@ class StuckError(RuntimeError):
     """Programs wait for something that does not come, or do not come to an end."""
 
 
-_ROUNDS = 3  # in which all look once more at what they wait for, before they count as stuck
+_ROUNDS = 50  # in which all look once more at what they wait for, before they count as stuck
 
 
 class _AbandonedError(BaseException):
