@@ -19,6 +19,9 @@ STATES = "tests/test_kernels.py::test_states_without_a_gradient[evaluation-host-
 BACKWARD = "tests/test_backward.py::test_divisions_of_the_product[2-1-streamed]"
 BACKWARD_WALKED = "tests/test_backward.py::test_a_walked_batch[2-1-cell norm]"
 # The interpreter does not come to the code that waits on a GPU: its PTX is looked at.
+POLL = "tests/test_poll.py::test_it_waits_until_all_have_arrived[1000-assert]"
+TOGETHER = "tests/test_config.py::test_programs_that_meet_are_launched_together"
+CHECKED = "tests/test_config.py::test_a_barrier_that_cannot_assert_has_a_kernel_behind_it_that_does[16-True]"
 COMPILED = "tests/test_atlas_code.py::test_the_barrier_of_real_kernels[sm90 assert]"
 
 
@@ -31,7 +34,8 @@ TESTS = (
     *(FORWARD, WALKED, PARTS, DIRECTIONS, REVERSED, STATES, BACKWARD, BACKWARD_WALKED),
     *(_weak("forward, ragged"), _weak("forward, walked"), _weak("evaluation, ragged")),
     *(_weak("backward, ragged"), _weak("backward, in parts, ragged"), _weak("backward, in parts, walked")),
-    COMPILED,
+    *(COMPILED, POLL, TOGETHER, CHECKED),
+    *(_weak("forward, one program"), _weak("backward, one program"), _weak("evaluation, one program")),
 )
 
 
@@ -104,6 +108,59 @@ MUTANTS = (
         "kernels/barrier.py",
         (("NAP:\n    ld.acquire.gpu", "NAP:\n    ld.acquire.cta"),),
         COMPILED,
+    ),
+    Mutant(
+        "the poll does not wait, on a GPU",
+        "kernels/barrier.py",
+        (
+            (
+                "SPIN:\n    ld.acquire.gpu.global.s32 %seen, [$1];\n    setp.ge.s32 %done, %seen, $2;",
+                "SPIN:\n    ld.acquire.gpu.global.s32 %seen, [$1];\n    setp.ge.s32 %done, %seen, 0;",
+            ),
+        ),
+        POLL,
+    ),
+    Mutant(
+        "thread 0 does not poll, on a GPU",
+        "kernels/barrier.py",
+        (("setp.ne.u32 %done, %polls, 0;", "setp.eq.u32 %done, %polls, 0;"),),
+        POLL,
+    ),
+    Mutant(
+        "the launch is not cooperative",
+        "kernels/launch.py",
+        (('options["launch_cooperative_grid"] = True', 'options["launch_cooperative_grid"] = False'),),
+        TOGETHER,
+    ),
+    Mutant(
+        "nobody looks whether the time was up",
+        "kernels/launch.py",
+        (('if launch.constants["SYNC"] == "drain":', "if False:"),),
+        CHECKED,
+    ),
+    Mutant(
+        "no block barrier between steps of one program",
+        "kernels/forward.py",
+        (("            tl.debug_barrier()  # one program holds the recurrence", "            pass  # one program"),),
+        _weak("forward, one program"),
+    ),
+    Mutant(
+        "no block barrier between steps of one program, backwards",
+        "kernels/backward.py",
+        (("            tl.debug_barrier()  # one program holds the recurrence", "            pass  # one program"),),
+        _weak("backward, one program"),
+    ),
+    Mutant(
+        "no block barrier between steps of one program, in evaluation",
+        "kernels/inference.py",
+        (("            tl.debug_barrier()  # one program holds these rows", "            pass  # one program"),),
+        _weak("evaluation, one program"),
+    ),
+    Mutant(
+        "the arrival releases to its own block only",
+        "kernels/barrier.py",
+        (('sem="release", scope="gpu"', 'sem="release", scope="cta"'),),
+        _weak("forward, ragged"),
     ),
     Mutant(
         "no block barrier before the arrival",

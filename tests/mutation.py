@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import tempfile
@@ -200,7 +201,7 @@ def table(found: Iterable[tuple[Mutant, list[str]]]) -> str:
         "library and runs these tests on it; all of them pass without one. In bold the test that CI holds to it.",
         "",
     ]
-    letters = {test: chr(ord("A") + k) for k, test in enumerate(TESTS)}
+    letters = dict(zip(TESTS, string.ascii_uppercase, strict=False))
     lines += [f"- **{letters[test]}** `{short(test)}`" for test in TESTS]
     lines += ["", BEGIN, "|---|---|---|"]
     for mutant, tests in found:

@@ -20,7 +20,8 @@ NAME = ("sm90", "bf16", "forward/keep", "sequence", "64", "512", "1", "U8,BB64,B
 
 def good(**figures: str) -> Row:
     usual = dict.fromkeys(FIGURES, "0") | {"matrix": "HMMA:64", "barrier": "r1,p1,a2,b2+1", "registers": "178"}
-    return Row(NAME, "default", usual | {"loop": "800", "loop_integer": "100", **figures}, NOTHING)
+    loop = {"loop": "800", "loop_integer": "100", "loop_global": "40", "loop_matrix": "64"}
+    return Row(NAME, "default", usual | {"together": "2"} | loop | figures, NOTHING)
 
 
 def table_of(*rows: Row, triton: str = "3.9.0") -> Table:
@@ -33,7 +34,13 @@ def table_of(*rows: Row, triton: str = "3.9.0") -> Table:
         (good(), None),
         (good(loop="840", loop_integer="140"), None),
         (good(loop="841", loop_integer="141"), "loop 800 → 841 instructions (integer 100 → 141)"),
-        (good(loop="700", registers="255"), None),
+        (good(loop="770", registers="255"), None),
+        (good(loop="750"), "loop 800 → 750 instructions: less than the table says"),
+        (good(loop="0"), "loop 800 → 0 instructions: less than the table says"),
+        (good(loop_global="44", loop_integer="50"), None),
+        (good(loop_global="45"), "loop_global 40 → 45"),
+        (good(loop_matrix="1"), "loop_matrix 64 → 1"),
+        (good(together="1", shared="99"), "together 2 → 1"),
         (good(matrix=NOTHING), "matrix instruction HMMA is gone"),
         (good(matrix="HGMMA:4"), "matrix instruction HMMA is gone"),
         (good(matrix="HMMA:32"), None),

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triton_bnlstm import BNLSTM
+from triton_bnlstm.kernels import errors
 from triton_bnlstm.kernels.config import INTERPRETER, Config, Device, default_config, use_config
 from triton_bnlstm.kernels.errors import KernelError
 
@@ -141,7 +142,7 @@ def test_a_default_grid_that_turns_out_not_to_fit_goes_step_by_step(monkeypatch)
 
     # nor when the layout of sequence mode is what cannot be compiled, which is said once
     monkeypatch.setattr(launch, "resident_programs", broken)
-    monkeypatch.setattr(launch, "_told", set())
+    monkeypatch.setattr(errors, "_told", set())
     with pytest.warns(RuntimeWarning, match=r"runs in step mode, .* \(forward_kernel: does not compile\)"):
         again = layer(x)[0]
     layer.reset_statistics()
@@ -158,3 +159,31 @@ def test_the_interpreter_has_a_layout():
     for hidden in (1, 5, 64, 300):
         config = chosen(INTERPRETER, hidden, 70)
         assert config.sequence == (hidden <= 64)
+
+
+def test_programs_that_meet_are_launched_together():
+    """Cooperatively, so that the driver refuses what would hang; and only with the kernel's own assertions."""
+    launch = pytest.importorskip("triton_bnlstm.kernels.launch")
+    for sync in ("assert", "drain"):
+        options = launch.launch_options(SEVERAL, sync, H100)
+        assert options["launch_cooperative_grid"] is True
+        assert options.get("debug", False) == (sync == "assert")
+    assert "launch_cooperative_grid" not in launch.launch_options(SEVERAL, "none", H100)
+
+
+@pytest.mark.parametrize(("units", "drains"), [(8, False), (16, True)])
+def test_a_barrier_that_cannot_assert_has_a_kernel_behind_it_that_does(monkeypatch, units, drains):
+    """With 64 rows and more of a product on Hopper: an assertion in the kernel would make its products wait."""
+    launch = pytest.importorskip("triton_bnlstm.kernels.launch")
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    from bench.aot.cases import Case, launches
+    from bench.aot.targets import NUMBERS, TARGETS
+
+    layout = Config(sequence=True, units=units, batch_tile=64, inner=64, resident=False, warps=8, stages=2)
+    with use_config(layout):
+        found = list(launches(TARGETS["sm90"].device, NUMBERS["bf16"], Case("forward/plain", 64, 512, 2)))
+    assert found[0].constants["SYNC"] == ("drain" if drains else "assert")
+    assert [each.kernel.__name__ for each in found] == ["forward_kernel", *["check_kernel"] * drains]
+    if drains:
+        assert found[1].grid == (2,)  # a meeting of each direction
+        assert found[1].tensors[0] is found[0].tensors[-1]

@@ -158,6 +158,9 @@ def test_tanh_is_precise_near_zero_and_right_far_away():
     y, expected = y.cpu().double(), x.double().tanh()
     finite = x.isfinite() & (x != 0)
     assert ((y - expected) / expected)[finite].abs().max() < 2e-6  # a rounding of 1 is 1e-6 of tanh(1/4) / 2
+    # the polynomial, whose own error is 3e-9: what is left are float32's roundings of 6e-8, some of them
+    near = finite & (x.abs() < 0.25)
+    assert ((y - expected) / expected)[near].abs().max() < 2e-7
     assert torch.equal(y[-4:-1], expected[-4:-1])
     assert y[-1].isnan()
 

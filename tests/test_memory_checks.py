@@ -83,3 +83,17 @@ def test_a_guard_band_is_looked_at(beside, dtype):
     held[0][0][64 + beside] = 0
     with pytest.raises(AccessError, match="behind a tensor of 8" if beside > 0 else "before a tensor of 8"):
         guard.__exit__(None, None, None)
+
+
+@triton.jit
+def count(to_ptr, at):
+    tl.atomic_add(to_ptr + at, 1)
+
+
+def test_counting_beside_a_tensor():
+    with guarded_memory():
+        counter = launch.empty(2, dtype=torch.int32, device=CPU).zero_()
+        launch._run(count, (1,), (counter,), (1,), {}, {})
+        assert counter.tolist() == [0, 1]
+        with pytest.raises(KernelError, match="a count beside the tensors"):
+            launch._run(count, (1,), (counter,), (2,), {}, {})

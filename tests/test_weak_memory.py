@@ -1,4 +1,4 @@
-"""The memory that programs see of each other in tests: small kernels that it has to pass, and others that it must not."""
+"""The memory that programs see of each other in tests: small kernels that it passes, and others that it must not."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_threads_of_a_program_are_in_order_by_block_barriers_alone(barrier, over
 
 def test_memory_beside_the_tensors_is_told():
     data, out = torch.zeros(8, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
-    with pytest.raises(OutOfBoundsError, match=r"store beside all tensors: test_schedules.py:\d+ in own_scratch"):
+    with pytest.raises(OutOfBoundsError, match=r"store beside all tensors: test_weak_memory.py:\d+ in own_scratch"):
         WeakMemory(own_scratch, (1,), (data, out), ["data", "out"], 0).run(
             lambda: own_scratch[(1,)](data, out, BARRIER=True, OVER=False)
         )
@@ -172,13 +172,10 @@ def wait_for_ever(flag_ptr):
 
 def test_a_hang_is_cut_off():
     """A plain load never sees another program's store."""
-    with pytest.raises(
-        StuckError, match=r"not finished after 1 s:\nprogram \(1, 0, 0\): test_weak_memory.py:\d+ in wait"
-    ):
+    where = r"program \({}, 0, 0\): test_weak_memory.py:\d+ in wait"
+    with pytest.raises(StuckError, match="not finished after 1 s:\n" + where.format(1)):
         run(wait_by_load, 2, counters(0), limit=1.0)
-    with pytest.raises(
-        StuckError, match=r"no program can go on:\nprogram \(0, 0, 0\): test_weak_memory.py:\d+ in wait"
-    ):
+    with pytest.raises(StuckError, match="no program can go on:\n" + where.format(0)):
         run(wait_for_ever, 2, counters(0))
 
 

@@ -46,6 +46,7 @@ def preset(known: Iterable[str]) -> list[Request]:
         *defaults,
         Request("sm90", ["fp16", "tf32", "fp32"], MOST_USED, [64], [512], [1]),
         Request("sm90", ["bf16"], list(known), [16], [64], [1]),
+        Request("sm90", ["bf16"], WITH_CELL_NORM, [64], [1000], [1]),  # the last parts of products are not whole
     ]
 
 
@@ -67,6 +68,11 @@ def representative(known: Iterable[str]) -> list[Request]:
     for target in TARGETS:
         hiddens = [1024] if target in ("sm90", "sm100") else [100]
         plan.append(Request(target, [common_numbers(target)], MOST_USED, [64], hiddens, [1]))
+    # what needs most registers
+    plan += [
+        Request(target, ["bf16"], ["backward/cell+fill"], [64], [1024], [1]) for target in ("sm80", "sm86", "sm120")
+    ]
+    plan.append(Request("sm90", ["bf16"], WITH_CELL_NORM, [64], [1000], [1]))
     plan.append(Request("sm90", ["tf32", "fp32"], ["forward/keep"], [64], [512], [1]))
     plan.append(Request("sm90", ["bf16"], list(known), [16], [64], [1]))
     return plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ def unordered_barrier(row: Row) -> str:
 
 
 def differences(now: Iterable[Row], table: Table, *, triton: str) -> list[str]:
-    """What is worse than in the table or not in it, each with the row and the figure.
+    """What is worse than in the table or not in it, or so much better that it should be in it, row by row.
 
     Args:
         now: rows of kernels that were compiled just now.
@@ -169,12 +169,32 @@ def differences(now: Iterable[Row], table: Table, *, triton: str) -> list[str]:
         barriers = [each.figures["barrier"] if same else unordered_barrier(each) for each in (before, row)]
         if barriers[0] != barriers[1]:
             found.append(f"{row}: barrier {barriers[0]} → {barriers[1]}")
+        if same and row.number("together") < before.number("together"):
+            found.append(f"{row}: together {before.figures['together']} → {row.figures['together']}")
         old, new = before.number("loop"), row.number("loop")
         if same and new > old * MOST_GROWTH:
             parts = [(each, before.number(f"loop_{each}"), row.number(f"loop_{each}")) for each in CLASSES]
             grown = ", ".join(f"{each} {a} → {b}" for each, a, b in parts if b > a)
             found.append(f"{row}: loop {old} → {new} instructions ({grown})")
+        elif same:
+            found += [f"{row}: loop_{each} {a} → {b}" for each, a, b in _grown(before, row)]
+        if same and new < old / MOST_GROWTH:  # else what was gained could be lost again unseen
+            found.append(f"{row}: loop {old} → {new} instructions: less than the table says")
+        if same and row.number("loop_matrix") != before.number("loop_matrix"):
+            found.append(f"{row}: loop_matrix {before.figures['loop_matrix']} → {row.figures['loop_matrix']}")
     return found
+
+
+# Of these each instruction waits for something; those of the other classes may take each other's place.
+_WAITING = ("global", "shared", "barrier", "transcendental", "shuffle")
+
+
+def _grown(before: Row, row: Row) -> Iterator[tuple[str, int, int]]:
+    """Classes that have grown by more than a twentieth, and by more than a few instructions."""
+    for each in _WAITING:
+        a, b = before.number(f"loop_{each}"), row.number(f"loop_{each}")
+        if b > max(a * MOST_GROWTH, a + 4):
+            yield each, a, b
 
 
 def missing(now: Iterable[Row], table: Table) -> list[str]:

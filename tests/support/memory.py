@@ -1,8 +1,10 @@
 """Memory of kernels held to account: what they write stands between guard bands, and each access is looked at.
 
-In the interpreter every load and store of a kernel has to be within one of the tensors that it was launched with (the
-view, not the storage behind it), and a load must not find what nobody has written: `launch.empty` gives memory full of
-one NaN that no computation gives. On a GPU the guard bands are left, and that NaN, which shows in results.
+In the interpreter every load, store and atomic operation of a kernel has to be within one of the tensors that it was
+launched with (from a view's first element to its last, not the storage behind it), and a load must not find what nobody
+has written: `launch.empty` gives memory full of one NaN that no computation gives. Looked at are launches through
+`launch._run`. Which of its tensors an address belongs to is not asked, nor are gaps of a view, and the NaN is lost where
+torch changes the dtype. On a GPU the guard bands are left, and that NaN, which shows in results.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class _Guarded:
         size = math.prod(shape)
         whole = torch.full((size + 2 * BAND,), POISON, dtype=dtype, device=device)
         part = whole[BAND : BAND + size]
-        part.view(_INTEGERS[dtype.itemsize]).copy_(_unwritten(dtype))
+        if dtype in _UNWRITTEN:
+            part.view(_INTEGERS[dtype.itemsize]).copy_(_unwritten(dtype))
         self.held.append((whole, size))
         return part.view(shape)
 
@@ -152,6 +155,15 @@ def _look_at_accesses(patch: pytest.MonkeyPatch, all_is_written: bool) -> None:
             looking[-1].within(pointers.data[lanes], pointers.get_element_ty().primitive_bitwidth // 8, "store")
         return store(pointers, value, mask, *rest)
 
+    add = builder.create_atomic_rmw
+
+    def looked_at_atomic(operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        lanes = np.broadcast_to(mask.data, pointers.data.shape)
+        if looking and lanes.any():
+            looking[-1].within(pointers.data[lanes], pointers.get_element_ty().primitive_bitwidth // 8, "count")
+        return add(operation, pointers, value, mask, *rest)
+
+    patch.setattr(builder, "create_atomic_rmw", looked_at_atomic)
     patch.setattr(builder, "create_masked_load", looked_at_load)
     patch.setattr(builder, "create_masked_store", looked_at_store)
     for module in (launch, launch_backward):

@@ -170,7 +170,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def reciprocal(x):
-    """1 / x for x from 1 to infinity, which needs no care for numbers too large or too small: one instruction."""
+    """1 / x for x from 1 to infinity, by one instruction. Beyond 2¹²⁶ it may be 0 instead of some 1e-38."""
     return 1.0 / x if _INTERPRETED else libdevice.fast_dividef(1.0, x)
 
 

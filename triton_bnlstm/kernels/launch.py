@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from .barrier import MOST_ARRIVALS, NOT_MET, check_kernel
 from .config import BackwardConfig, Config, Device, default_config, device_of, explicit_config
-from .errors import KernelError
+from .errors import KernelError, tell_once
 from .forward import forward_kernel
 from .inference import inference_kernel
 from .input_side import moments_kernel
@@ -290,7 +289,7 @@ def recur(
             if explicit is not None:
                 raise
             room = 0  # another layout may compile
-            _tell_once(f"{kernel.__name__} runs in step mode, since sequence mode does not compile here ({error})")
+            tell_once(f"{kernel.__name__} runs in step mode, since sequence mode does not compile here ({error})")
         if launch.programs <= room and rows.steps * launch.programs * launch.arguments.meetings < MOST_ARRIVALS:
             _run(kernel, *launch.call(*steps, rows))
             if launch.constants["SYNC"] == "drain":
@@ -308,16 +307,6 @@ def recur(
     for t in reversed(range(*steps)) if backwards else range(*steps):
         for changes in launch.arguments.phases:
             _run(kernel, *launch.call(t, t + 1, rows, changes))
-
-
-_told: set[str] = set()
-
-
-def _tell_once(message: str) -> None:
-    """A warning, the first time."""
-    if message not in _told:
-        _told.add(message)
-        warnings.warn(f"triton_bnlstm: {message}", RuntimeWarning, stacklevel=2)
 
 
 class _Launch(NamedTuple):
