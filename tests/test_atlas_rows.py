@@ -221,6 +221,7 @@ def test_the_plans():
         (["--targets", "sm42"], "'sm42' is none of sm75"),
         (["--targets", "sm90"], "say with --table"),
         (["--jobs", "0"], "must be 1 or more"),
+        (["--everything", "--check"], "does not hold everything"),
         (["--table", "/nowhere/atlas.tsv"], "no such folder"),
     ],
 )

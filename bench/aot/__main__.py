@@ -169,7 +169,10 @@ def main(argv: list[str] | None = None) -> int:
         from .atlas_command import main as atlas
 
         return atlas(argv[1:], versions, list(KNOWN))
-    arguments = parser(TARGETS, NUMBERS, KNOWN).parse_args(argv)
+    made = parser(TARGETS, NUMBERS, KNOWN)
+    arguments = made.parse_args(argv)
+    if arguments.jobs < 1:
+        made.error(f"argument --jobs: must be 1 or more, got {arguments.jobs}")
     if arguments.out is not None and not arguments.out.resolve().parent.is_dir():
         print(f"bench.aot: --out {arguments.out}: there is no such folder", file=sys.stderr)
         return 1

@@ -81,6 +81,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
             made.error(f"argument --targets: {name!r} is none of {', '.join(TARGETS)}")
     if found.jobs < 1:
         made.error(f"argument --jobs: must be 1 or more, got {found.jobs}")
+    if found.everything and found.check and found.table is None:
+        made.error("--check: the tracked table does not hold everything; say with --table which one does")
     local = RESULTS / "local"
     if found.table is None and not found.check:
         if len(found.targets) < len(TARGETS) and not found.everything:

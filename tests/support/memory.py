@@ -3,8 +3,8 @@
 In the interpreter every load, store and atomic operation of a kernel has to be within one of the tensors that it was
 launched with (from a view's first element to its last, not the storage behind it), and a load must not find what nobody
 has written: `launch.empty` gives memory full of one NaN that no computation gives. Looked at are launches through
-`launch._run`. Which of its tensors an address belongs to is not asked, nor are gaps of a view, and the NaN is lost where
-torch changes the dtype. On a GPU the guard bands are left, and that NaN, which shows in results.
+`launch._run`. Which of its tensors an address belongs to is not asked, nor are gaps of a view, and the NaN is lost
+where torch changes the dtype. On a GPU the guard bands are left, and that NaN, which shows in results.
 """
 
 from __future__ import annotations
