@@ -103,7 +103,7 @@ def _serve() -> None:
             os.chdir(folder)
             sys.path[:] = [str(folder), *(p for p in sys.path if p not in ("", str(ROOT)))]
             verdicts = _Verdicts()
-            quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=short"]
+            quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=short", "--schedules", "2"]
             code = pytest.main([*quiet, *tests], plugins=[verdicts])
             Path(folder, "verdicts.json").write_text(json.dumps([int(code), verdicts.of]), encoding="utf-8")
             os._exit(0)
@@ -228,6 +228,9 @@ def main(argv: list[str] | None = None) -> int:
         began, server = time.monotonic(), servers.get()
         try:
             return caught(server.outcomes(mutant, TESTS)), time.monotonic() - began
+        except (RuntimeError, StaleMutantError) as error:  # broken, which is not caught; the others go on
+            print(error, file=sys.stderr, flush=True)
+            return [], time.monotonic() - began
         finally:
             servers.put(server)
 

@@ -54,7 +54,7 @@ def run(text, thread, counter, target, *, steps=100_000, nanoseconds=1000):
                 values[operands[0]] = value(operands[1])
             case ["setp", compared, _]:
                 a, b = map(value, operands[1:])
-                values[operands[0]] = {"ne": a != b, "ge": a >= b, "lt": a < b}[compared]
+                values[operands[0]] = {"eq": a == b, "ne": a != b, "ge": a >= b, "lt": a < b}[compared]
             case ["add", _]:
                 values[operands[0]] = value(operands[1]) + value(operands[2])
             case ["sub", _]:
