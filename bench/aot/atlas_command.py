@@ -128,7 +128,7 @@ def main(argv: list[str], versions: dict[str, str], known: list[str]) -> int:
     else:
         about: list[str] = [
             "What each kernel needs, compiled ahead of time: see the command's --help",
-            f"Command: {' '.join([COMMAND, *argv])}",
+            f"Command: {COMMAND if arguments.table == TABLE else ' '.join([COMMAND, *argv])}",  # --jobs changes nothing
             *(f"{title}: {versions[title.lower()]}" for title in ("Triton", "torch")),
             f"Kernels: {fingerprint(reading=False)}",
         ]
