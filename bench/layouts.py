@@ -6,13 +6,13 @@ Nothing is stored for the library to use; the record tells which default to doub
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 
-from triton_bnlstm.kernels.config import BackwardConfig, Config
+from triton_bnlstm.kernels.config import Config
+from triton_bnlstm.tuning.space import neighbours
 
 from . import records
 from .cases import Case
@@ -22,30 +22,6 @@ from .problem import Problem, product_precision
 from .providers import Layouts, default_layouts, kernels
 from .timing import CaptureFailed, Tell, percentiles, sample
 from .unavailable import Unavailable
-
-# Divisions of the backward's product, (splits, groups), worth trying beside the one that the model prefers.
-DIVISIONS = ((1, 1), (4, 1), (8, 1), (16, 1), (4, 2), (8, 2), (4, 4))
-
-
-def neighbours(layout: Config) -> Iterator[Config]:
-    """Layouts that differ from this one in one decision, the most promising first."""
-    changes: list[dict[str, Any]] = [{"units": 2 * layout.units}, {"units": layout.units // 2}]
-    if isinstance(layout, BackwardConfig):
-        changes += [{"splits": s, "groups": g} for s, g in DIVISIONS]
-        changes += [{"units": 2 * layout.units, "splits": s, "groups": g} for s, g in DIVISIONS]
-    changes += [{"warps": 8 if layout.warps == 4 else 4}, {"inner": 2 * layout.inner}, {"inner": layout.inner // 2}]
-    changes += [{"resident": not layout.resident, "stages": 1 if not layout.resident else 3}]
-    changes += [{"stages": layout.stages + 1}, {"stages": layout.stages - 1}] if not layout.resident else []
-    changes += [{"batch_tile": layout.batch_tile // 2}]
-    seen = {layout}
-    for change in changes:
-        try:
-            changed = replace(layout, **change)
-        except ValueError:
-            continue  # below the least
-        if changed not in seen:
-            seen.add(changed)
-            yield changed
 
 
 def difference(layout: Config, default: Config) -> str:
@@ -105,7 +81,8 @@ def _tune(
     standing: Config = getattr(default, way)
     runners: dict[Config, Runner] = {}
     failed: dict[str, str] = {}
-    candidates = [standing, *neighbours(standing)][: 1 + most]
+    near = (each for each in neighbours(standing) if isinstance(each, Config))
+    candidates = [standing, *near][: 1 + most]
     for layout in candidates:
         if runners and time.perf_counter() - began > seconds:
             break

@@ -92,7 +92,8 @@ def default_layouts(problem: Problem, *, sequence: bool) -> Layouts:
     """
     from triton_bnlstm.kernels import launch  # not at the top: there may be no Triton
     from triton_bnlstm.kernels.backward_config import default_backward_config
-    from triton_bnlstm.kernels.config import default_config, device_of
+    from triton_bnlstm.kernels.config import device_of
+    from triton_bnlstm.kernels.forward_config import default_config
 
     case = problem.case
     device = device_of(problem.device)

@@ -29,7 +29,9 @@ from triton.runtime.jit import KernelInterface
 
 from triton_bnlstm.kernels import launch, launch_backward
 from triton_bnlstm.kernels.backward_config import default_backward_config
-from triton_bnlstm.kernels.config import BackwardConfig, Config, default_config, device_of, use_config
+from triton_bnlstm.kernels.config import BackwardConfig, Config, device_of, use_config
+from triton_bnlstm.kernels.forward_config import default_config
+from triton_bnlstm.kernels.run import FATAL
 
 from . import stage_kernels as stand_ins
 from .cases import Case
@@ -271,7 +273,7 @@ def _ready(
     except CaptureFailed:
         raise  # the process cannot go on
     except Exception as error:
-        if isinstance(error, MemoryError) or any(word in str(error) for word in launch._FATAL):
+        if isinstance(error, MemoryError) or any(word in str(error) for word in FATAL):
             raise
         text = str(error).strip().splitlines()
         failed[name] = f"{type(error).__name__}: {text[0] if text else ''}"[:300]

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from triton_bnlstm import BNLSTM
 from triton_bnlstm.kernels import errors
-from triton_bnlstm.kernels.config import INTERPRETER, Config, Device, default_config, use_config
+from triton_bnlstm.kernels.config import INTERPRETER, Config, Device, use_config
 from triton_bnlstm.kernels.errors import KernelError
+from triton_bnlstm.kernels.forward_config import default_config
 
 H100 = Device("cuda", 90, 132, 232_448, 233_472, 65_536, 2048)
 A100 = Device("cuda", 80, 108, 166_912, 167_936, 65_536, 2048)

@@ -20,7 +20,8 @@ pytest.importorskip("triton")
 
 from triton_bnlstm.kernels import launch
 from triton_bnlstm.kernels.backward_config import default_backward_config
-from triton_bnlstm.kernels.config import BackwardConfig, Config, default_config, device_of, use_config
+from triton_bnlstm.kernels.config import BackwardConfig, Config, device_of, use_config
+from triton_bnlstm.kernels.forward_config import default_config
 
 pytestmark = pytest.mark.gpu
 

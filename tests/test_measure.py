@@ -16,13 +16,15 @@ import torch
 
 from bench import checking, loops, measure, providers
 from bench.cases import CASES, Case
-from bench.layouts import difference, neighbours, tune
+from bench.layouts import difference, tune
 from bench.problem import Problem, product_precision
 from bench.providers import PROVIDERS, Provider, TimeUp, time_limit
 from bench.unavailable import Unavailable
 from tests.support import need_kernels
 from triton_bnlstm.fused import saved_bytes
-from triton_bnlstm.kernels.config import BackwardConfig, Config, Device, default_config
+from triton_bnlstm.kernels.config import BackwardConfig, Config, Device
+from triton_bnlstm.kernels.forward_config import default_config
+from triton_bnlstm.tuning.space import neighbours
 
 CPU = torch.device("cpu")
 CASE = Case(5, 6, 4, 3, "float32")

@@ -25,8 +25,8 @@ from .fused_forward import (
 )
 from .kernels import launch, launch_backward
 from .kernels.config import BackwardConfig
-from .kernels.launch import Block, Rows
 from .kernels.launch_backward import Given, Kept, Sums, Wanted
+from .kernels.rows import Block, Rows
 from .packing import Packing
 from .reference import Call, Parameters, Problem, centre, input_mean
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .kernels import launch
-from .kernels.launch import CellNorm, Rows
+from .kernels.rows import CellNorm, Rows
 from .packing import Packing
 from .reference import Call, Parameters, Problem
 from .statistics import Moments, Population, Statistics, pool

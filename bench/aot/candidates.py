@@ -6,12 +6,12 @@ compiler makes more of than is there are told of the compiled kernel, and so are
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
-from bench.layouts import neighbours
 from triton_bnlstm.kernels.backward_config import default_backward_config
-from triton_bnlstm.kernels.config import BackwardConfig, Config, Device, default_config
+from triton_bnlstm.kernels.config import Config, Device
+from triton_bnlstm.kernels.forward_config import default_config
+from triton_bnlstm.tuning import Work, space
 
 from .cases import STEPS, Case
 from .targets import Numbers
@@ -36,43 +36,18 @@ def default_layout(device: Device, numbers: Numbers, case: Case) -> Config | Non
 def candidates(device: Device, numbers: Numbers, case: Case) -> Iterator[tuple[Config, str | None]]:
     """Layouts beside the default one, and for each why it cannot run; None where that is not known yet."""
     default = default_layout(device, numbers, case)
-    for layout in neighbours(default) if default is not None else ():
+    for layout in space.neighbours(default) if default is not None else ():
+        assert isinstance(layout, Config)
         yield layout, why_not(device, numbers, case, layout)
 
 
-def programs(case: Case, layout: Config) -> int:
-    """Of a launch."""
-    if isinstance(layout, BackwardConfig):
-        return case.directions * layout.programs(case.hidden)
-    tiles = -(-case.batch // layout.batch_tile) if case.variant.startswith("inference/") else 1
-    return case.directions * tiles * -(-case.hidden // layout.units)
+def work_of(device: Device, numbers: Numbers, case: Case) -> Work:
+    """What a case's kernel does, as tuning has it."""
+    kernel = case.variant.partition("/")[0]
+    rounding = precision(device, numbers)
+    return Work(kernel, case.hidden, case.batch, case.directions, numbers.dtype, rounding)
 
 
 def why_not(device: Device, numbers: Numbers, case: Case, layout: Config) -> str | None:
     """Why a layout cannot run, as far as that is known before it is compiled."""
-    if not device.multiplies(numbers.dtype, precision(device, numbers)):
-        # such products are unrolled to single multiply-adds, whose operands all come from registers
-        if layout.resident:
-            return "nothing stays on chip without a matrix unit"
-        if layout.inner > 16 or layout.product_rows > 64:
-            return "a product of that size needs a matrix unit"
-    if layout.sequence:
-        there = programs(case, layout)
-        together = device.resident_programs(0, 1, layout.warps)
-        if there > together and there > case.directions:
-            return f"{there} programs have to run at the same time, and {together} can at most"
-    held = resident_bytes(numbers, case, layout)
-    chip = device.shared_per_program + 4 * device.registers_per_multiprocessor
-    if held > chip:
-        return f"{held} bytes of W_hh stay on chip, where shared memory and registers have {chip}"
-    return None
-
-
-def resident_bytes(numbers: Numbers, case: Case, layout: Config) -> int:
-    """Of W_hh, that a program keeps through all steps."""
-    if not layout.resident:
-        return 0
-    extent = case.hidden
-    if isinstance(layout, BackwardConfig):
-        extent = math.ceil(4 * case.hidden / layout.splits)
-    return layout.product_rows * extent * numbers.dtype.itemsize
+    return space.why_not(device, work_of(device, numbers, case), layout)

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from triton_bnlstm.kernels import launch, launch_backward
 from triton_bnlstm.kernels.config import Device, explicit_backward_config, explicit_config
+from triton_bnlstm.kernels.rows import CellNorm, Rows
+from triton_bnlstm.tuning import analytic_only
 
 from .targets import Numbers
 
@@ -129,6 +131,7 @@ def _noting(device: Device, numbers: Numbers, case: Case, noted: list[Launch], *
     torch.backends.cuda.matmul.allow_tf32 = numbers.tf32
     try:
         with (
+            analytic_only(),  # whatever somebody has tuned on this machine
             FakeTensorMode(),
             mock.patch.multiple(launch, _run=run, resident_programs=programs, device_of=device_of),
             mock.patch.object(launch_backward, "_run", run),
@@ -151,10 +154,10 @@ def _maker(dtype: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., Ten
     return states, floats
 
 
-def _rows(case: Case) -> launch.Rows:
+def _rows(case: Case) -> Rows:
     first = torch.empty(STEPS + 1, dtype=torch.int64, device="cuda:0")
     count = torch.empty(STEPS, dtype=torch.int32, device="cuda:0")
-    return launch.Rows(first, count, STEPS, STEPS * case.batch, case.batch)
+    return Rows(first, count, STEPS, STEPS * case.batch, case.batch)
 
 
 def _forward(
@@ -171,7 +174,7 @@ def _forward(
     everything = rows.batch + rows.rows
     cell = None
     if cell_norm:
-        cell = launch.CellNorm(floats(2, ways, hidden), floats(2, ways, STEPS, hidden) if seats else None)
+        cell = CellNorm(floats(2, ways, hidden), floats(2, ways, STEPS, hidden) if seats else None)
     launch.train(
         states(ways, everything, hidden),
         floats(ways, everything, hidden),

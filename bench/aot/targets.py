@@ -27,7 +27,9 @@ def _cuda(arch: int, board: str, multiprocessors: int, shared: int, threads: int
 
 
 def _hip(arch: str, board: str, units: int) -> Target:
-    return Target(arch, arch, board, Device("hip", 0, units, 64 * _KB, 64 * _KB, 4 * 512 * 64, 2048, warp=64))
+    return Target(
+        arch, arch, board, Device("hip", 0, units, 64 * _KB, 64 * _KB, 4 * 512 * 64, 2048, warp=64, name=arch)
+    )
 
 
 TARGETS = {

@@ -74,15 +74,44 @@ def step_seconds(device: Device, layout: BackwardConfig, hidden: int, batch: int
     moved = exchanged_bytes(hidden, batch, size, layout.units, layout.splits, layout.groups)
     if not layout.resident:
         moved += 4 * hidden * hidden * layout.groups * size
-    together = moved / (device.multiprocessors * _L2_BYTES_PER_SECOND)
-    alone = moved / programs / _L2_BYTES_PER_SECOND_ALONE
-    meetings = 0 if programs == 1 else 1 + layout.divided
-    multiplied = 4 * hidden * max(16, layout.product_rows) * batch / (layout.splits * layout.groups)
+    return stage_seconds(
+        device,
+        moved_by_one=moved / programs,
+        programs=programs,
+        meetings=0 if programs == 1 else 1 + layout.divided,
+        products=4 * hidden * max(16, layout.product_rows) * batch / (layout.splits * layout.groups),
+        units=layout.units * batch,
+        matrix=matrix,
+    )
+
+
+def stage_seconds(
+    device: Device,
+    *,
+    moved_by_one: float,
+    programs: int,
+    meetings: int,
+    products: float,
+    units: int,
+    matrix: bool,
+) -> float:
+    """Modelled time of a step from what one program does in it.
+
+    Args:
+        device: its numbers.
+        moved_by_one: bytes through L2.
+        programs: how many move as much at the same time.
+        meetings: of all programs.
+        products: multiply-adds; matrix: on matrix units.
+        units: units times rows whose gates and norms it makes.
+    """
+    together = moved_by_one * programs / (device.multiprocessors * _L2_BYTES_PER_SECOND)
+    alone = moved_by_one / _L2_BYTES_PER_SECOND_ALONE
     return (
         max(together, alone)
         + meetings * _MEETING
-        + multiplied / (_PRODUCTS_PER_SECOND if matrix else _PRODUCTS_PER_SECOND_WITHOUT)
-        + layout.units * batch * _SECONDS_OF_A_UNIT
+        + products / (_PRODUCTS_PER_SECOND if matrix else _PRODUCTS_PER_SECOND_WITHOUT)
+        + units * _SECONDS_OF_A_UNIT
     )
 
 
@@ -129,12 +158,12 @@ def default_backward_config(
             continue
         if groups > 1 and 16 * groups > seats:
             continue
-        layout = _laid_out(device, hidden, batch, dtype, matrix, units, splits, groups, sequence=steps > 1)
+        layout = laid_out(device, hidden, batch, dtype, matrix, units, splits, groups, sequence=steps > 1)
         together = device.backend == "cuda" and device.capability >= 70 and steps > 1
         programs = directions * layout.programs(hidden)
         meets = together and (programs <= device.multiprocessors or layout.programs(hidden) == 1)
         if not meets:
-            layout = _laid_out(device, hidden, batch, dtype, matrix, units, splits, groups, sequence=False)
+            layout = laid_out(device, hidden, batch, dtype, matrix, units, splits, groups, sequence=False)
         seconds = step_seconds(device, layout, hidden, batch, dtype.itemsize, matrix=matrix)
         # in step mode a meeting is a launch, and programs beyond one of a multiprocessor take turns
         turns = -(-programs // device.multiprocessors)
@@ -142,7 +171,7 @@ def default_backward_config(
     return min(fitting, key=lambda found: found[:-1])[-1]
 
 
-def _laid_out(
+def laid_out(
     device: Device,
     hidden: int,
     batch: int,

@@ -1,4 +1,4 @@
-"""How a recurrent kernel is laid out on a device, chosen from the device's own numbers."""
+"""How kernels are laid out, and the numbers of a device that decide about it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -99,6 +100,32 @@ class BackwardConfig(Config):
 
 
 @dataclass(frozen=True)
+class MomentsConfig:
+    """Layout of a launch that takes the moments of all steps.
+
+    Attributes:
+        rows: rows of a tile, a power of two.
+        columns: columns of a program, a power of two.
+        warps: warps of a program.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 16), ("columns", 16), ("warps", 1)):
+            value = getattr(self, name)
+            if value < least or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two and at least {least}, got {value}")
+
+
+def default_moments_config(columns: int) -> MomentsConfig:
+    """The layout for so many columns that nobody has tuned."""
+    return MomentsConfig(64, 64, 8) if columns > 16 else MomentsConfig(64, 16, 4)
+
+
+@dataclass(frozen=True)
 class Device:
     """Numbers of a device that decide about layouts.
 
@@ -111,6 +138,7 @@ class Device:
         registers_per_multiprocessor: 32-bit registers.
         threads_per_multiprocessor: most resident threads.
         warp: threads of a warp.
+        name: architecture of an AMD device, "gfx942"; others have it from their capability.
     """
 
     backend: str
@@ -121,6 +149,12 @@ class Device:
     registers_per_multiprocessor: int
     threads_per_multiprocessor: int
     warp: int = 32
+    name: str = ""
+
+    @property
+    def architecture(self) -> str:
+        """Short name of what code is compiled for: "sm90", "gfx942", "cpu"."""
+        return self.name or (f"sm{self.capability}" if self.backend == "cuda" else self.backend)
 
     def multiplies(self, dtype: torch.dtype, precision: str) -> bool:
         """Whether products of this dtype run on matrix units; else they are many single multiply-adds."""
@@ -178,6 +212,7 @@ def _accelerator(index: int) -> Device:
         registers_per_multiprocessor=limits["max_num_regs"],  # a block may have all of them
         threads_per_multiprocessor=p.max_threads_per_multi_processor,
         warp=p.warp_size,
+        name=str(p.gcnArchName).partition(":")[0] if hip else "",
     )
 
 
@@ -186,90 +221,26 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def default_config(
-    device: Device,
-    hidden: int,
-    batch: int,
-    directions: int,
-    dtype: torch.dtype,
-    precision: str,
-    *,
-    split_batch: bool,
-    steps: int,
-) -> Config:
-    """The layout for a case that nobody has tuned, from the device's numbers alone.
-
-    Sequence mode where every program can have a multiprocessor to itself, with as few units per program as that allows,
-    since the latency of a step is what counts. W_hh stays on chip where a program's slice of it and one whole tile of
-    the state fit beside each other.
-
-    Args:
-        device: its numbers.
-        hidden, batch, directions, steps: H, B, 1 or 2, T.
-        dtype, precision: of the products; "ieee" or "tf32" for float32.
-        split_batch: tiles of the batch are programs of their own (inference) instead of being walked.
-    """
-    whole = max(power_of_two(hidden), 16)  # all of the inner extent, as one product has it
-    seats = max(power_of_two(batch), 16)
-    if device.backend == "cpu":  # programs of the interpreter run one after another, so they cannot meet
-        units = min(max(power_of_two(hidden), 4), 64)
-        return Config(units >= hidden, units, min(seats, 64), whole, False, 4, 1)
-
-    matrix = device.multiplies(dtype, precision)
-    size = dtype.itemsize
-
-    def tile_beside(units: int) -> int:
-        most = MOST_TILE if matrix and size == 2 else MOST_TILE // 2
-        if device.backend == "hip":
-            most = MOST_TILE // 4
-        tile = min(seats, most // (4 * units), 64 if split_batch else 128)
-        if tile < batch and not split_batch:  # walked: what is carried from tile to tile needs registers too
-            tile = min(tile, MOST_TILE // 2 // (4 * units))
-        return tile
-
-    def programs(units: int) -> int:
-        tiles = -(-batch // tile_beside(units)) if split_batch else 1
-        return directions * tiles * -(-hidden // units)
-
-    sequence, units = False, 4 if hidden <= 4 else 8
-    if steps > 1 and device.backend == "cuda" and device.capability >= 70:
-        # as many programs as there are multiprocessors can meet; one that holds its recurrence alone meets nobody
-        tried = (units, 16, 32) if matrix else (units, 16)  # code without matrix units is long enough at 16
-        fitting = [u for u in tried if u >= units and (programs(u) <= device.multiprocessors or u >= hidden)]
-        sequence, units = bool(fitting), min(fitting, default=units)
-    tile = tile_beside(units)
-    elements = 4 * units * tile
-    warps = 8 if elements >= MOST_TILE // 2 or units > 8 else 4
-
-    room = device.shared_per_program - SPARE_SHARED
-    stays = (4 * units + tile) * whole * size <= room and (split_batch or tile >= batch)
-    if sequence and matrix and stays and not device.multiplies_in_groups(4 * units):
-        # all loads of a step's state are on their way at once, through registers
-        state = tile * whole * size // (4 * device.warp)  # of all warps' threads together
-        several = warps if state <= warps * MOST_REGISTERS_OF_STATE // 2 else 8
-        most = MOST_REGISTERS_OF_STATE if elements < MOST_TILE else MOST_REGISTERS_OF_STATE // 2
-        if state <= several * most:
-            return Config(True, units, tile, min(whole, RESIDENT_INNER), True, several, 1)
-    inner = min(whole, 128 // size) if matrix else 16
-    # beside the largest tile, or where the batch is walked, a deeper pipeline is unrolled until its addresses spill
-    crowded = elements >= MOST_TILE or (tile < batch and not split_batch)
-    deepest = (2 if crowded else 4) if matrix else 1
-    stages = max(1, min(deepest, room // ((4 * units + tile) * inner * size)))
-    return Config(sequence, units, tile, inner, False, warps, stages)
+class _Explicit(NamedTuple):
+    config: Config | None = None
+    backward: BackwardConfig | None = None
+    moments: MomentsConfig | None = None
 
 
-_explicit: ContextVar[tuple[Config | None, BackwardConfig | None]] = ContextVar(
-    "triton_bnlstm_config", default=(None, None)
-)
+_NOTHING = _Explicit()
+_explicit: ContextVar[_Explicit] = ContextVar("triton_bnlstm_config", default=_NOTHING)
 
 
 @contextmanager
-def use_config(config: Config | None = None, *, backward: BackwardConfig | None = None) -> Iterator[None]:
-    """Recurrent kernels of calls within it are laid out like this; one that cannot run so raises.
+def use_config(
+    config: Config | None = None, *, backward: BackwardConfig | None = None, moments: MomentsConfig | None = None
+) -> Iterator[None]:
+    """Kernels of calls within it are laid out like this, whatever has been tuned; one that cannot run so raises.
 
     Args:
-        config: of forward and inference kernels; None: the device's default.
+        config: of forward and inference kernels; None: tuned, or the device's default.
         backward: of the backward kernel of these calls, wherever it is run.
+        moments: of the input side's kernel.
 
     Raises:
         TypeError: one of them is not a layout of that kind.
@@ -278,7 +249,9 @@ def use_config(config: Config | None = None, *, backward: BackwardConfig | None 
         raise TypeError(f"config must be a Config, got {type(config).__name__}")
     if not isinstance(backward, BackwardConfig | None):
         raise TypeError(f"backward must be a BackwardConfig, got {type(backward).__name__}")
-    token = _explicit.set((config, backward))
+    if not isinstance(moments, MomentsConfig | None):
+        raise TypeError(f"moments must be a MomentsConfig, got {type(moments).__name__}")
+    token = _explicit.set(_Explicit(config, backward, moments))
     try:
         yield
     finally:
@@ -287,9 +260,14 @@ def use_config(config: Config | None = None, *, backward: BackwardConfig | None 
 
 def explicit_config() -> Config | None:
     """The layout that `use_config` asks for."""
-    return _explicit.get()[0]
+    return _explicit.get().config
 
 
 def explicit_backward_config() -> BackwardConfig | None:
     """The backward kernel's layout that `use_config` asks for."""
-    return _explicit.get()[1]
+    return _explicit.get().backward
+
+
+def explicit_moments_config() -> MomentsConfig | None:
+    """The input side's layout that `use_config` asks for."""
+    return _explicit.get().moments

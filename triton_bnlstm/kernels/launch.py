@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,54 +13,29 @@ import torch
 import triton
 from torch import Tensor
 
+from ..tuning import choice
+from ..tuning.work import Work
 from .barrier import MOST_ARRIVALS, NOT_MET, check_kernel
-from .config import BackwardConfig, Config, Device, default_config, device_of, explicit_config
+from .config import (
+    BackwardConfig,
+    Config,
+    Device,
+    MomentsConfig,
+    default_moments_config,
+    device_of,
+    explicit_config,
+    explicit_moments_config,
+)
 from .errors import KernelError, tell_once
 from .forward import forward_kernel
+from .forward_config import default_config
 from .inference import inference_kernel
 from .input_side import moments_kernel
+from .rows import Block, Case, CellNorm, Rows
+from .run import as_kernel_error, run
+from .run import interpreted as interpreted  # asked of this module, too
 
-
-class Rows(NamedTuple):
-    """Which rows exist, as the kernels read it.
-
-    first: [T + 1] int64 row of the states that step t reads; it writes from first[t + 1]. Its own rows of tensors
-        without the B initial states stand from first[t + 1] − B on.
-    count: [T] int32 live rows of each step, a prefix of its rows.
-    steps, rows, batch: T, R, B.
-    """
-
-    first: Tensor
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count
-    steps: int
-    rows: int
-    batch: int
-
-
-class Block(NamedTuple):
-    """Some steps: first..last, the first of their rows among all R, and how many rows they have."""
-
-    first: int
-    last: int
-    first_row: int
-    rows: int
-
-    @classmethod
-    def whole(cls, rows: Rows) -> Block:
-        """All steps."""
-        return cls(0, rows.steps, 0, rows.rows)
-
-
-class CellNorm(NamedTuple):
-    """affine: [2, dirs, H] γ_c and β_c. population: [2, dirs, T, H], or None where no seat is vacated."""
-
-    affine: Tensor
-    population: Tensor | None
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter: TRITON_INTERPRET=1 when they were imported."""
-    return not isinstance(forward_kernel, triton.runtime.JITFunction)
+_run = run  # each launch of this file goes through this name, so that all of them can be watched
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -97,15 +73,19 @@ def moments(
     if found is None:
         found = empty(2, directions, rows.steps, columns, dtype=torch.float32, device=x.device)
     part = block or Block.whole(rows)
-    width = 64 if columns > 16 else 16
-    grid = (part.last - part.first, triton.cdiv(columns, width), directions)
+    config = explicit_moments_config()
+    if config is None:
+        work = Work.of_moments(columns, rows.batch, directions, x.dtype, centre=centred is not None)
+        tuned = choice.tuned(device_of(x.device), work)
+        config = tuned if isinstance(tuned, MomentsConfig) else default_moments_config(columns)
+    grid = (part.last - part.first, triton.cdiv(columns, config.columns), directions)
     _run(
         moments_kernel,
         grid,
         (x, found, x if centred is None else centred, rows.first, rows.count),
         (columns, rows.steps, rows.rows, rows.batch, part.first, part.rows, part.first_row),
-        {"CENTRE": centred is not None, "BEFORE": before, "BR": 64, "BC": width},
-        {"num_warps": 8 if width > 16 else 4},
+        {"CENTRE": centred is not None, "BEFORE": before, "BR": config.rows, "BC": config.columns},
+        {"num_warps": config.warps},
     )
     return found
 
@@ -175,7 +155,9 @@ def train(
         "CELL_NORM": cell is not None,
         "PRECISION": precision,
     }
-    recur(forward_kernel, arguments, shared, Case.of(h), rows, partial(default_config, split_batch=False))
+    flags = {"cell_norm": cell is not None, "narrow": x.dim() == 2, "seats": share is not None}
+    work = _work("forward", Case.of(h), rows, precision, flags)
+    recur(forward_kernel, arguments, shared, Case.of(h), rows, partial(default_config, split_batch=False), work)
     return own, own_c
 
 
@@ -216,21 +198,9 @@ def infer(
         "CELL_NORM": affine_c is not None,
         "PRECISION": product_precision(h.dtype, h.device),
     }
-    recur(inference_kernel, arguments, shared, Case.of(h), rows, partial(default_config, split_batch=True))
-
-
-class Case(NamedTuple):
-    """What a recurrence is about: device, dtype of its products, directions, hidden size."""
-
-    device: torch.device
-    dtype: torch.dtype
-    directions: int
-    hidden: int
-
-    @classmethod
-    def of(cls, h: Tensor) -> Case:
-        """Of states h [dirs, ·, H]."""
-        return cls(h.device, h.dtype, h.shape[0], h.shape[2])
+    flags = {"cell_norm": affine_c is not None, "narrow": x.dim() == 2}
+    work = _work("inference", Case.of(h), rows, str(shared["PRECISION"]), flags)
+    recur(inference_kernel, arguments, shared, Case.of(h), rows, partial(default_config, split_batch=True), work)
 
 
 class Arguments(NamedTuple):
@@ -248,6 +218,86 @@ class Arguments(NamedTuple):
     meetings: int = 1
 
 
+def _work(name: str, case: Case, rows: Rows, precision: str, flags: dict[str, bool]) -> Work:
+    given = tuple(sorted(flag for flag, is_set in flags.items() if is_set))
+    return Work(name, case.hidden, rows.batch, case.directions, case.dtype, precision, given)
+
+
+class Recurrence(NamedTuple):
+    """A recurrent kernel on its tensors, to be run in any layout; see `recur`."""
+
+    kernel: Any
+    arguments: Callable[[Config], Arguments]
+    shared: dict[str, Any]
+    case: Case
+    rows: Rows
+    steps: tuple[int, int]
+    backwards: bool
+
+    def prepare(self, config: Config) -> _Launch:
+        """Everything but the steps."""
+        return _prepare(self.kernel, self.arguments(config), self.shared, self.case, config)
+
+    def why_not_at_once(self, launch: _Launch) -> str | None:
+        """Why its programs cannot run at the same time.
+
+        Raises:
+            KernelError: it does not compile, or the device has no sequence mode.
+        """
+        device = device_of(self.case.device)
+        if device.backend == "hip":
+            raise KernelError("sequence mode: its barrier is written for CUDA devices; use step mode")
+        room = resident_programs(self.kernel, launch, self.rows, device)
+        if launch.programs > room:
+            return (
+                f"{launch.programs} programs of {self.kernel.__name__} have to run at the same time, and {room} can "
+                "on this device; give a program more units, or use step mode"
+            )
+        if self.rows.steps * launch.programs * launch.arguments.meetings >= MOST_ARRIVALS:
+            return f"{self.rows.steps} steps of {launch.programs} programs are more than the barrier's counter holds"
+        return None
+
+    def why_not(self, config: Config) -> str | None:
+        """Why this layout cannot run here, having compiled it."""
+        try:
+            launch = self.prepare(config)
+            if config.sequence:
+                return self.why_not_at_once(launch)
+            for changes in launch.arguments.phases if not interpreted() else ():
+                compiled(self.kernel, launch, self.rows, changes)
+        except KernelError as error:
+            return str(error)
+        return None
+
+    def run(self, config: Config, launch: _Launch | None = None) -> None:
+        """All steps in this layout, without asking whether it fits."""
+        launch = launch or self.prepare(config)
+        if config.sequence:
+            _run(self.kernel, *launch.call(*self.steps, self.rows))
+            if launch.constants["SYNC"] == "drain":
+                meetings = (launch.counter.shape[0],)
+                name = {"KERNEL": f"{self.kernel.__name__} {NOT_MET}"}
+                _run(check_kernel, meetings, (launch.counter,), (), name, {"num_warps": 1, **_ASSERTING})
+            return
+        for t in reversed(range(*self.steps)) if self.backwards else range(*self.steps):
+            for changes in launch.arguments.phases:
+                _run(self.kernel, *launch.call(t, t + 1, self.rows, changes))
+
+
+_observer: ContextVar[list[Recurrence] | None] = ContextVar("triton_bnlstm_observer", default=None)
+
+
+@contextmanager
+def observed() -> Iterator[list[Recurrence]]:
+    """Within it, and in its thread, what recurs is also put into this list, to be run again."""
+    found: list[Recurrence] = []
+    token = _observer.set(found)
+    try:
+        yield found
+    finally:
+        _observer.reset(token)
+
+
 def recur(
     kernel: Any,
     arguments: Callable[[Config], Arguments],
@@ -255,12 +305,13 @@ def recur(
     case: Case,
     rows: Rows,
     layout: Callable[..., Config],
+    work: Work,
     *,
     explicit: Config | None = None,
     backwards: bool = False,
     block: Block | None = None,
 ) -> None:
-    """All steps of a recurrent kernel, by the layout that was asked for or the device's default one.
+    """All steps of a recurrent kernel, by the layout that was asked for, or a tuned one, or the device's default one.
 
     Args:
         kernel: the kernel.
@@ -269,44 +320,47 @@ def recur(
         case: what it is about.
         rows: which rows exist.
         layout: chooses a layout, as `default_config`.
+        work: what a tuned layout is looked up by.
         explicit: the layout that was asked for; None: what `use_config` says.
         backwards: the last step comes first.
         block: only these steps.
     """
     device = device_of(case.device)
     steps = (0, rows.steps) if block is None else (block.first, block.last)
-    choose = partial(layout, device, case.hidden, rows.batch, case.directions, case.dtype, str(shared["PRECISION"]))
+    this = Recurrence(kernel, arguments, shared, case, rows, steps, backwards)
+    noted = _observer.get()
+    if noted is not None:
+        noted.append(this)
     if explicit is None and not backwards:
         explicit = explicit_config()
-    config = explicit or choose(steps=rows.steps)
-    if config.sequence:
-        if device.backend == "hip":
-            raise KernelError("sequence mode: its barrier is written for CUDA devices; use step mode")
-        launch = _prepare(kernel, arguments(config), shared, case, config)
-        try:
-            room = resident_programs(kernel, launch, rows, device)
-        except KernelError as error:
-            if explicit is not None:
-                raise
-            room = 0  # another layout may compile
-            tell_once(f"{kernel.__name__} runs in step mode, since sequence mode does not compile here ({error})")
-        if launch.programs <= room and rows.steps * launch.programs * launch.arguments.meetings < MOST_ARRIVALS:
-            _run(kernel, *launch.call(*steps, rows))
-            if launch.constants["SYNC"] == "drain":
-                meetings = (launch.counter.shape[0],)
-                name = {"KERNEL": f"{kernel.__name__} {NOT_MET}"}
-                _run(check_kernel, meetings, (launch.counter,), (), name, {"num_warps": 1, **_ASSERTING})
+    if explicit is not None:
+        launch = this.prepare(explicit)
+        reason = this.why_not_at_once(launch) if explicit.sequence else None
+        if reason is not None:
+            raise KernelError(f"sequence mode: {reason}")
+        this.run(explicit, launch)
+        return
+    choose = partial(layout, device, case.hidden, rows.batch, case.directions, case.dtype, str(shared["PRECISION"]))
+    tuned = choice.tuned(device, work) if rows.steps > 1 else None  # of many steps; one is launched as such
+    if isinstance(tuned, Config):
+        reason = this.why_not(tuned)
+        if reason is None:
+            this.run(tuned)
             return
-        if explicit is not None:
-            raise KernelError(
-                f"sequence mode: {launch.programs} programs of {kernel.__name__} have to run at the same time, and "
-                f"{room} can on this device; give a program more units, or use step mode"
-            )
+        choice.reject(device, work, reason)
+    config = choose(steps=rows.steps)
+    if config.sequence:
+        launch = this.prepare(config)
+        try:
+            reason = this.why_not_at_once(launch)
+        except KernelError as error:
+            reason = str(error)  # another layout may compile
+            tell_once(f"{kernel.__name__} runs in step mode, since sequence mode does not compile here ({error})")
+        if reason is None:
+            this.run(config, launch)
+            return
         config = choose(steps=1)
-    launch = _prepare(kernel, arguments(config), shared, case, config)
-    for t in reversed(range(*steps)) if backwards else range(*steps):
-        for changes in launch.arguments.phases:
-            _run(kernel, *launch.call(t, t + 1, rows, changes))
+    this.run(config)
 
 
 class _Launch(NamedTuple):
@@ -375,7 +429,35 @@ def launch_options(config: Config, sync: str, device: Device) -> dict[str, Any]:
 
 # Assertions are compiled in for the barrier's time limit, without those that Triton would add to integers.
 _ASSERTING = {"debug": True, "sanitize_overflow": False}
-_resident: dict[Any, int] = {}
+
+
+class Needs(NamedTuple):
+    """What a compiled kernel needs: bytes of shared memory of a program, registers of a thread, spilled bytes."""
+
+    shared: int
+    registers: int
+    spills: int
+
+
+_compiled: dict[Any, Needs] = {}
+
+
+def compiled(kernel: Any, launch: _Launch, rows: Rows, changes: dict[str, Any] | None = None) -> Needs:
+    """What this kernel needs; compiles and loads it if need be, and launches nothing.
+
+    Raises:
+        KernelError: it does not compile, or needs more than the device has.
+    """
+    h = launch.arguments.tensors[0]
+    constants = {**launch.constants, **(changes or {})}
+    key = (kernel.__name__, h.device, h.dtype, *sorted(constants.items()), *sorted(launch.options.items()))
+    if key not in _compiled:
+        grid, tensors, scalars, constants, options = launch.call(0, rows.steps, rows, changes)
+        with as_kernel_error(kernel), torch.cuda.device(h.device):
+            made = kernel.warmup(*tensors, *scalars, **constants, **options, enable_fp_fusion=True, grid=grid)
+            made._init_handles()
+        _compiled[key] = Needs(made.metadata.shared, made.n_regs, made.n_spills)
+    return _compiled[key]
 
 
 def resident_programs(kernel: Any, launch: _Launch, rows: Rows, device: Device) -> int:
@@ -384,61 +466,5 @@ def resident_programs(kernel: Any, launch: _Launch, rows: Rows, device: Device) 
         return launch.programs
     if interpreted():
         return 1
-    h = launch.arguments.tensors[0]
-    key = (kernel.__name__, h.device, h.dtype, *sorted(launch.constants.items()), *sorted(launch.options.items()))
-    if key not in _resident:
-        grid, tensors, scalars, constants, options = launch.call(0, rows.steps, rows)
-        with _as_kernel_error(kernel), torch.cuda.device(h.device):
-            compiled = kernel.warmup(*tensors, *scalars, **constants, **options, enable_fp_fusion=True, grid=grid)
-            compiled._init_handles()
-        _resident[key] = device.resident_programs(
-            compiled.metadata.shared, compiled.n_regs, compiled.metadata.num_warps
-        )
-    return _resident[key]
-
-
-@contextmanager
-def _as_kernel_error(kernel: Any) -> Iterator[None]:
-    """What Triton raises when it compiles or loads a kernel → KernelError."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        # A launch also reports what an earlier kernel did wrong; that is not for another backend to try again.
-        if any(word in str(error) for word in _FATAL):
-            raise
-        text = str(error).strip().splitlines()
-        raise KernelError(f"{kernel.__name__}: {type(error).__name__}: {text[0] if text else ''}") from error
-
-
-# What makes a device useless until the process ends, and a lack of memory, which another path would only share.
-_FATAL = (
-    *("illegal memory access", "illegal instruction", "illegal address", "invalid program counter"),
-    *("device-side assert", "unspecified launch failure", "misaligned address", "hardware stack error"),
-    *("launch timed out", "out of memory", "uncorrectable"),
-)
-
-
-def _quiet() -> AbstractContextManager[Any]:
-    """Rows and columns that do not exist are computed too, then thrown away: NumPy would warn of what comes of them."""
-    if not interpreted():
-        return nullcontext()
-    import numpy
-
-    return numpy.errstate(all="ignore")
-
-
-def _run(
-    kernel: Any,
-    grid: tuple[int, ...],
-    tensors: tuple[Tensor, ...],
-    scalars: tuple[float, ...],
-    constants: dict[str, Any],
-    options: dict[str, Any],
-) -> None:
-    """One launch, on the tensors' device and its current stream."""
-    on_device = torch.cuda.device(tensors[0].device) if tensors[0].device.type == "cuda" else nullcontext()
-    with _as_kernel_error(kernel), on_device, _quiet():
-        # fusion said explicitly: Triton's default is about to change
-        kernel[grid](*tensors, *scalars, **constants, **options, enable_fp_fusion=True)
+    needs = compiled(kernel, launch, rows)
+    return device.resident_programs(needs.shared, needs.registers, launch.options["num_warps"])

@@ -13,7 +13,11 @@ from .backward import backward_kernel
 from .backward_config import default_backward_config
 from .config import BackwardConfig, Config
 from .input_side import finish_kernel
-from .launch import Arguments, Block, Case, Rows, _run, product_precision, recur
+from .launch import Arguments, _work, product_precision, recur
+from .rows import Block, Case, Rows
+from .run import run
+
+_run = run  # as in `launch`
 
 
 class Kept(NamedTuple):
@@ -167,8 +171,10 @@ def backward(
         "PRECISION": product_precision(weight.dtype, device),
     }
     case = Case(device, weight.dtype, directions, hidden)
+    flags = {"cell_norm": kept.cell is not None, "narrow": kept.x.dim() == 2, "fill": wanted.fill}
+    work = _work("backward", case, rows, str(shared["PRECISION"]), flags)
     recur(
-        *(backward_kernel, arguments, shared, case, rows, default_backward_config),
+        *(backward_kernel, arguments, shared, case, rows, default_backward_config, work),
         explicit=explicit,
         backwards=True,
         block=block,

@@ -1,0 +1,109 @@
+"""How the forward kernels are laid out on a device, chosen from the device's own numbers."""
+
+from __future__ import annotations
+
+import torch
+
+from .config import (
+    MOST_REGISTERS_OF_STATE,
+    MOST_TILE,
+    RESIDENT_INNER,
+    SPARE_SHARED,
+    Config,
+    Device,
+    power_of_two,
+)
+
+
+def default_config(
+    device: Device,
+    hidden: int,
+    batch: int,
+    directions: int,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    split_batch: bool,
+    steps: int,
+) -> Config:
+    """The layout for a case that nobody has tuned, from the device's numbers alone.
+
+    Sequence mode where every program can have a multiprocessor to itself, with as few units per program as that allows,
+    since the latency of a step is what counts.
+
+    Args:
+        device: its numbers.
+        hidden, batch, directions, steps: H, B, 1 or 2, T.
+        dtype, precision: of the products; "ieee" or "tf32" for float32.
+        split_batch: tiles of the batch are programs of their own (inference) instead of being walked.
+    """
+    whole = max(power_of_two(hidden), 16)  # all of the inner extent, as one product has it
+    seats = max(power_of_two(batch), 16)
+    if device.backend == "cpu":  # programs of the interpreter run one after another, so they cannot meet
+        units = min(max(power_of_two(hidden), 4), 64)
+        return Config(units >= hidden, units, min(seats, 64), whole, False, 4, 1)
+
+    matrix = device.multiplies(dtype, precision)
+
+    def programs(units: int) -> int:
+        tile = _tile_beside(units, device, batch, dtype, matrix, split_batch)
+        tiles = -(-batch // tile) if split_batch else 1
+        return directions * tiles * -(-hidden // units)
+
+    sequence, units = False, 4 if hidden <= 4 else 8
+    if steps > 1 and device.backend == "cuda" and device.capability >= 70:
+        # as many programs as there are multiprocessors can meet; one that holds its recurrence alone meets nobody
+        tried = (units, 16, 32) if matrix else (units, 16)  # code without matrix units is long enough at 16
+        fitting = [u for u in tried if u >= units and (programs(u) <= device.multiprocessors or u >= hidden)]
+        sequence, units = bool(fitting), min(fitting, default=units)
+    return laid_out(device, hidden, batch, dtype, matrix, units, split_batch=split_batch, sequence=sequence)
+
+
+def _tile_beside(units: int, device: Device, batch: int, dtype: torch.dtype, matrix: bool, split_batch: bool) -> int:
+    """Rows of a tile with so many units."""
+    seats = max(power_of_two(batch), 16)
+    most = MOST_TILE if matrix and dtype.itemsize == 2 else MOST_TILE // 2
+    if device.backend == "hip":
+        most = MOST_TILE // 4
+    tile = min(seats, most // (4 * units), 64 if split_batch else 128)
+    if tile < batch and not split_batch:  # walked: what is carried from tile to tile needs registers too
+        tile = min(tile, MOST_TILE // 2 // (4 * units))
+    return max(tile, 16)
+
+
+def laid_out(
+    device: Device,
+    hidden: int,
+    batch: int,
+    dtype: torch.dtype,
+    matrix: bool,
+    units: int,
+    *,
+    split_batch: bool,
+    sequence: bool,
+) -> Config:
+    """Tiles, pipeline and warps for so many units of a program, in this mode.
+
+    W_hh stays on chip where a program's slice of it and one whole tile of the state fit beside each other.
+    """
+    whole = max(power_of_two(hidden), 16)
+    size = dtype.itemsize
+    tile = _tile_beside(units, device, batch, dtype, matrix, split_batch)
+    elements = 4 * units * tile
+    warps = 8 if elements >= MOST_TILE // 2 or units > 8 else 4
+
+    room = device.shared_per_program - SPARE_SHARED
+    stays = (4 * units + tile) * whole * size <= room and (split_batch or tile >= batch)
+    if sequence and matrix and stays and not device.multiplies_in_groups(4 * units):
+        # all loads of a step's state are on their way at once, through registers
+        state = tile * whole * size // (4 * device.warp)  # of all warps' threads together
+        several = warps if state <= warps * MOST_REGISTERS_OF_STATE // 2 else 8
+        most = MOST_REGISTERS_OF_STATE if elements < MOST_TILE else MOST_REGISTERS_OF_STATE // 2
+        if state <= several * most:
+            return Config(True, units, tile, min(whole, RESIDENT_INNER), True, several, 1)
+    inner = min(whole, 128 // size) if matrix else 16
+    # beside the largest tile, or where the batch is walked, a deeper pipeline is unrolled until its addresses spill
+    crowded = elements >= MOST_TILE or (tile < batch and not split_batch)
+    deepest = (2 if crowded else 4) if matrix else 1
+    stages = max(1, min(deepest, room // ((4 * units + tile) * inner * size)))
+    return Config(sequence, units, tile, inner, False, warps, stages)

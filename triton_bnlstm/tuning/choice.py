@@ -1,0 +1,139 @@
+"""Which layout a kernel gets: what this process knows, the user's cache, what is shipped; else the analytic one.
+
+An explicit layout (`use_config`) comes before all of these, and is no affair of this file. Looking up never measures
+anything and never waits for a device, so it may happen anywhere, during the capture of a CUDA graph too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import RLock
+from typing import NamedTuple
+
+from ..kernels.config import Device
+from ..kernels.errors import tell_once
+from . import shipped, space
+from .device import Identity, is_stale
+from .entry import MEASURED, Entry
+from .store import Store, cache_directory
+from .work import Layout, Work
+
+logger = logging.getLogger("triton_bnlstm.tuning")
+
+CACHE, SHIPPED, ANALYTIC = "cache", "shipped", "analytic"
+# Different works of one process before the memo starts anew: batches of every size must not fill the memory.
+_MOST_KNOWN = 4096
+
+
+class Choice(NamedTuple):
+    """A layout and where it comes from: "cache", "shipped" or "analytic". entry: what is known of it, if anything."""
+
+    layout: Layout
+    origin: str
+    entry: Entry | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether somebody has measured it on such a device."""
+        return self.entry is not None and self.entry.how == MEASURED
+
+
+_lock = RLock()
+_memo: dict[tuple[Device, Work], Choice] = {}
+_stores: dict[tuple[str, Identity], Store] = {}
+_told: set[str] = set()
+_analytic_only: ContextVar[bool] = ContextVar("triton_bnlstm_analytic_only", default=False)
+
+
+def inform_once(message: str) -> None:
+    """One line at level INFO, the first time."""
+    with _lock:
+        if message in _told:
+            return
+        _told.add(message)
+    logger.info(message)
+
+
+@contextmanager
+def analytic_only() -> Iterator[None]:
+    """Within it kernels take their analytic layouts, whatever has been tuned."""
+    token = _analytic_only.set(True)
+    try:
+        yield
+    finally:
+        _analytic_only.reset(token)
+
+
+def store_of(device: Device) -> Store:
+    """The user's cache of a device."""
+    root, identity = cache_directory(), Identity.of(device)
+    with _lock:
+        place = str(root), identity
+        if place not in _stores:
+            _stores[place] = Store(identity, root)
+        return _stores[place]
+
+
+def choose(device: Device, work: Work) -> Choice:
+    """The layout for this work on this device, for more than one step; remembered for this process."""
+    if _analytic_only.get() or device.backend == "cpu":  # the interpreter's programs cannot meet
+        return Choice(space.analytic(device, work), ANALYTIC)
+    known = _memo.get((device, work))
+    if known is None:
+        with _lock:
+            known = _look_up(device, work)
+            remember(device, work, known)
+    return known
+
+
+def remember(device: Device, work: Work, choice: Choice) -> None:
+    """What this process takes from now on."""
+    with _lock:
+        if len(_memo) >= _MOST_KNOWN:
+            _memo.clear()
+        _memo[device, work] = choice
+
+
+def _look_up(device: Device, work: Work) -> Choice:
+    key = work.key
+    for origin in (CACHE, SHIPPED):
+        entry = store_of(device).get(key) if origin == CACHE else shipped.get(Identity.of(device), key)
+        if entry is None:
+            continue
+        reason = space.why_not(device, work, entry.layout)
+        if reason is not None:
+            size = f"H={work.hidden}, B={work.batch}"
+            inform_once(f"{key}: the layout from the {origin} is not used for {size}: {reason}")
+            continue
+        if entry.how == MEASURED and is_stale(entry.by):
+            inform_once(
+                f"{key}: the layout was measured with Triton {entry.by.triton}; it is used, and "
+                "`python -m triton_bnlstm.tuning tune` measures again"
+            )
+        return Choice(entry.layout, origin, entry)
+    return Choice(space.analytic(device, work), ANALYTIC)
+
+
+def tuned(device: Device, work: Work) -> Layout | None:
+    """The layout that was tuned or shipped for this work; None: nobody has one, take the analytic one."""
+    found = choose(device, work)
+    return None if found.origin == ANALYTIC else found.layout
+
+
+def reject(device: Device, work: Work, reason: str) -> None:
+    """A layout does not run after all: this process takes the analytic one from now on, and says so once."""
+    found = choose(device, work)
+    tell_once(f"the layout of {work.key} from the {found.origin} does not run here ({reason}): the default is taken")
+    remember(device, work, Choice(space.analytic(device, work), ANALYTIC))
+
+
+def forget() -> None:
+    """Look everything up anew: what other processes have tuned since, or another cache."""
+    with _lock:
+        _memo.clear()
+        _stores.clear()
+        _told.clear()
+        shipped.of_device.cache_clear()

@@ -1,0 +1,169 @@
+"""What tuning has found for one key, and its JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from .device import Provenance
+from .work import Key, Layout, key_of_json, layout_as_json, layout_of_json
+
+MODELLED, MEASURED = "modelled", "measured"
+
+
+class Candidate(NamedTuple):
+    """One layout that was tried.
+
+    layout: which. microseconds: median of a step (of a call, for the input side); None where `failed` says why there is
+    none. standard: the default layout's median in the same rounds. rounds: how many.
+    """
+
+    layout: Layout
+    microseconds: float | None = None
+    standard: float | None = None
+    rounds: int = 0
+    failed: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Its fields, those that are empty left out."""
+        told: dict[str, Any] = {"layout": layout_as_json(self.layout)}
+        if self.microseconds is not None:
+            told |= {"us": _short(self.microseconds), "default_us": _short(self.standard), "rounds": self.rounds}
+        return told | ({"failed": self.failed} if self.failed else {})
+
+    @classmethod
+    def of_json(cls, kernel: str, fields: Any) -> Candidate:
+        """From its JSON.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        if not isinstance(fields, dict):
+            raise ValueError("a candidate is an object")
+        us, standard = fields.get("us"), fields.get("default_us")
+        rounds, failed = fields.get("rounds", 0), fields.get("failed", "")
+        for name, value in (("us", us), ("default_us", standard)):
+            if value is not None and not _is_time(value):
+                raise ValueError(f"{name}: {value!r} is no time")
+        if type(rounds) is not int or not isinstance(failed, str):
+            raise ValueError("rounds is a number, failed a text")
+        return cls(layout_of_json(kernel, fields.get("layout")), us, standard, rounds, failed)
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known for one key on one device.
+
+    Attributes:
+        key: for what.
+        layout: the best one.
+        how: "measured", or "modelled" where nothing was.
+        at: when, in seconds since 1970.
+        by: the device's name, driver, torch and Triton.
+        case: sizes that were measured: hidden, batch, columns, steps.
+        candidates: every layout that was tried.
+        default: the analytic layout that it is compared with.
+    """
+
+    key: Key
+    layout: Layout
+    how: str
+    at: float
+    by: Provenance
+    default: Layout
+    case: dict[str, int] = field(default_factory=dict)
+    candidates: tuple[Candidate, ...] = ()
+
+    def candidate(self, layout: Layout) -> Candidate | None:
+        """What is known of a layout."""
+        return next((each for each in self.candidates if each.layout == layout), None)
+
+    @property
+    def gain(self) -> float | None:
+        """Time of the default over that of the layout, in the same rounds; None where it was not measured."""
+        found = self.candidate(self.layout)
+        if found is None or found.microseconds is None or found.standard is None:
+            return None
+        return found.standard / found.microseconds
+
+    def as_json(self) -> dict[str, Any]:
+        """Its fields."""
+        return {
+            "key": self.key.as_json(),
+            "layout": layout_as_json(self.layout),
+            "default": layout_as_json(self.default),
+            "how": self.how,
+            "at": round(self.at, 3),
+            "by": self.by._asdict(),
+            "case": self.case,
+            "candidates": [each.as_json() for each in self.candidates],
+        }
+
+    @classmethod
+    def of_json(cls, fields: Any) -> Entry:
+        """From its JSON, every field looked at.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        if not isinstance(fields, dict):
+            raise ValueError("an entry is an object")
+        key = key_of_json(fields.get("key"))
+        how, at, case = fields.get("how"), fields.get("at"), fields.get("case", {})
+        candidates = fields.get("candidates", [])
+        if how not in (MODELLED, MEASURED):
+            raise ValueError(f"how: {how!r} is neither {MODELLED} nor {MEASURED}")
+        if not isinstance(at, int | float) or isinstance(at, bool) or not math.isfinite(at):
+            raise ValueError(f"at: {at!r} is no time")
+        if not isinstance(case, dict) or any(type(value) is not int for value in case.values()):
+            raise ValueError("case: sizes are numbers")
+        if not isinstance(candidates, list):
+            raise ValueError("candidates: no list")
+        return cls(
+            key,
+            layout_of_json(key.kernel, fields.get("layout")),
+            how,
+            float(at),
+            Provenance.of_json(fields.get("by")),
+            layout_of_json(key.kernel, fields.get("default")),
+            case,
+            tuple(Candidate.of_json(key.kernel, each) for each in candidates),
+        )
+
+
+def merged(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Two entries of one key as JSON: the later one, with what only the earlier one has tried.
+
+    Times of another Triton say nothing about this one's code: its candidates are left behind.
+    """
+    older, newer = sorted((known, new), key=_when)
+    if _triton(older) != _triton(newer):
+        return newer
+    tried = _candidates(newer)
+    layouts = [each.get("layout") for each in tried]
+    more = [each for each in _candidates(older) if each.get("layout") not in layouts]
+    return {**newer, "candidates": [*tried, *more]}
+
+
+def _when(entry: dict[str, Any]) -> float:
+    at = entry.get("at")
+    return float(at) if isinstance(at, int | float) else 0.0
+
+
+def _triton(entry: dict[str, Any]) -> str:
+    return ".".join(Provenance.of_json(entry.get("by")).triton.split(".")[:2])
+
+
+def _candidates(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    found: Iterable[Any] = entry.get("candidates") or ()
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []

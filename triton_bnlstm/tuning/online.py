@@ -1,0 +1,222 @@
+"""Tuning before a call, where that is asked for: once for each kernel, its sizes and its device."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..kernels.config import Device, device_of
+from ..kernels.errors import tell_once
+from ..reference import Call
+from . import choice, ranks, space
+from .choice import CACHE, Choice
+from .device import Identity, provenance_of
+from .entry import Entry
+from .mode import why_not_now
+from .store import Store, locked
+from .tuner import Bench, Tell, TuningError, nobody, tune
+from .work import Work
+
+SECONDS_VARIABLE = "TRITON_BNLSTM_AUTOTUNE_SECONDS"
+SECONDS = 60.0  # of each kernel
+
+MakeBench = Callable[[Work, torch.device], Bench]
+# Works that this process has measured, or has tried to.
+_done: set[tuple[str, Device, Work]] = set()
+
+
+def device_bench(work: Work, device: torch.device) -> Bench:
+    """Measures on the device itself."""
+    from .measure import bench_of  # not at the top: there may be no Triton
+
+    return bench_of(work, device)
+
+
+def seconds_allowed() -> float:
+    """The time cap of one kernel's tuning."""
+    text = os.environ.get(SECONDS_VARIABLE)
+    try:
+        seconds = float(text) if text else SECONDS
+    except ValueError:
+        raise ValueError(f"{SECONDS_VARIABLE} must be a number of seconds, got {text!r}") from None
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"{SECONDS_VARIABLE} must be a positive number of seconds, got {text!r}")
+    return seconds
+
+
+def works_of(calls: list[Call], precision: str, *, gradients: bool) -> list[Work]:
+    """The kernels' works of one layer's call.
+
+    calls: of each direction. precision: of products. gradients: a backward may follow.
+    """
+    p, problem = calls[0].parameters, calls[0].problem
+    packing, dtype, hidden = problem.packing, p.weight_hh.dtype, p.weight_hh.shape[1]
+    columns, directions = p.weight_ih.shape[1], len(calls)
+    given = {
+        "cell_norm": p.gamma_c is not None,
+        "narrow": columns == 1,
+        "seats": not problem.frozen and problem.population is not None,
+        "fill": packing.mask is not None,
+    }
+
+    def recurrent(kernel: str, *names: str) -> Work:
+        flags = tuple(name for name in names if given[name])
+        return Work(kernel, hidden, packing.batch, directions, dtype, precision, flags)
+
+    if problem.frozen:
+        found = [recurrent("inference", "cell_norm", "narrow")]
+    else:
+        found = [recurrent("forward", "cell_norm", "narrow", "seats")]
+        if columns > 1:  # moments of one column cost nothing
+            found.append(Work.of_moments(columns, packing.batch, directions, dtype, centre=True))
+            found.append(Work.of_moments(4 * hidden, packing.batch, directions, dtype, centre=False))
+    if gradients:
+        found.append(recurrent("backward", "cell_norm", "fill", "narrow"))
+    return found
+
+
+def ensure(calls: list[Call], precision: str, mode: str, *, gradients: bool) -> None:
+    """Tune what a layer's call is about to run, as far as the mode asks for it and it can be done now.
+
+    Nothing that goes wrong here keeps the call from running: it gets the layouts that are there.
+    """
+    weight: Tensor = calls[0].parameters.weight_hh
+    if mode == "off" or weight.device.type != "cuda":
+        return
+    works = works_of(calls, precision, gradients=gradients)
+    ensure_works(works, weight.device, device_of(weight.device), mode)
+
+
+def ensure_works(
+    works: list[Work], device: torch.device, numbers: Device, mode: str, make: MakeBench = device_bench
+) -> None:
+    """Tune these works, those that nobody has measured with "on_miss", each once in this process with "force".
+
+    Args:
+        works: which.
+        device, numbers: where.
+        mode: "on_miss" or "force".
+        make: makes the bench that measures.
+    """
+    for work in works:
+        if (mode, numbers, work) in _done:
+            continue
+        if mode == "on_miss" and ranks.rank() is None and choice.choose(numbers, work).measured:
+            continue
+        reason = why_not_now(device)
+        if reason is not None:
+            known = choice.choose(numbers, work).origin
+            choice.inform_once(f"{work.key} is not tuned now, since {reason}: its layout is that from the {known}")
+            continue
+        _done.add((mode, numbers, work))
+        try:
+            _decide(work, device, numbers, mode, make)
+        except (TuningError, ValueError) as error:
+            tell_once(f"{work.key} could not be tuned ({error}): its layout stays as it is")
+
+
+def _decide(work: Work, device: torch.device, numbers: Device, mode: str, make: MakeBench) -> None:
+    """Alone, or as rank 0 says."""
+    rank, identity, seconds = ranks.rank(), Identity.of(numbers), seconds_allowed()
+    if rank is None:
+        _tune_if_needed(work, device, numbers, mode, make, seconds)
+        return
+    name, answers = ranks.question(work.key, mode), ranks.Answers.of_the_group()
+    if rank > 0:
+        layout = answers.wait(name, work.key, identity, seconds)
+        if layout is not None and space.why_not(numbers, work, layout) is None:
+            known = choice.choose(numbers, work)
+            entry = known.entry if known.layout == layout else None
+            choice.remember(numbers, work, Choice(layout, CACHE, entry))
+        return
+    answers.begin(name)
+    layout = None
+    try:
+        _tune_if_needed(work, device, numbers, mode, make, seconds)
+        layout = choice.choose(numbers, work).layout
+    finally:
+        answers.give(name, identity, layout)
+
+
+def _tune_if_needed(
+    work: Work, device: torch.device, numbers: Device, mode: str, make: MakeBench, seconds: float
+) -> None:
+    if mode == "on_miss" and choice.choose(numbers, work).measured:
+        return
+    choice.inform_once(f"measuring layouts of {work.key} for at most {seconds:g} s")
+    began = time.monotonic()
+    entry = tune_work(work, device, numbers, make=make, seconds=seconds, force=mode == "force")
+    gain = f", {entry.gain:.2f} x the default's speed" if entry.gain else ""
+    choice.inform_once(f"{work.key}: measured in {time.monotonic() - began:.1f} s{gain}")
+
+
+def _alone(store: Store, work: Work, seconds: float) -> AbstractContextManager[None]:
+    """One process at a time measures one thing: the others wait, and find its result."""
+    if store.folder is None:
+        return nullcontext()
+    try:
+        (store.folder / "measuring").mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return nullcontext()  # the store will say so
+    name = hashlib.sha256(str(work.key).encode()).hexdigest()[:16]
+    return locked(store.folder / "measuring" / name, 2 * seconds + 30)
+
+
+def tune_work(
+    work: Work,
+    device: torch.device,
+    numbers: Device,
+    *,
+    make: MakeBench = device_bench,
+    seconds: float = SECONDS,
+    force: bool = False,
+    complete: bool = False,
+    tell: Tell = nobody,
+    store: Store | None = None,
+) -> Entry:
+    """Measure layouts of some work, keep what is found, and take it from now on.
+
+    Args:
+        work, device, numbers: what and where.
+        make: makes the bench that measures.
+        seconds: at most so many, with the compiler's.
+        force: measure every layout again, also those that are known.
+        complete: measure those layouts that are not known yet; without it what is known is all that is wanted.
+        tell: is told what is done.
+        store: where it is kept; None: the user's cache.
+
+    Raises:
+        TuningError: nothing could be measured.
+    """
+    store = store or choice.store_of(numbers)
+    with ExitStack() as held:
+        try:
+            held.enter_context(_alone(store, work, seconds))
+        except OSError as error:
+            warnings.warn(f"triton_bnlstm: {error}: {work.key} is measured anyway", RuntimeWarning, stacklevel=2)
+        known = store.get(work.key, again=True)
+        if known is None or force or complete:
+            case = {"hidden": work.hidden, "batch": work.batch, "columns": work.columns}
+            by = provenance_of(device)
+            if force and known is not None:
+                known = _without_times(known)
+            entry = tune(work, make(work, device), by=by, case=case, known=known, seconds=seconds, tell=tell)
+            if entry is not known:
+                store.put(entry)
+            known = entry
+    if space.why_not(numbers, work, known.layout) is None:
+        choice.remember(numbers, work, Choice(known.layout, CACHE, known))
+    return known
+
+
+def _without_times(entry: Entry) -> Entry:
+    """Its layout still is the one to beat, but everything is measured again."""
+    return replace(entry, candidates=())
