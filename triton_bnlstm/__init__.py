@@ -13,6 +13,7 @@ from .functional import Result, bn_lstm
 from .module import BNLSTM
 from .reference import Parameters
 from .statistics import Moments, Statistics, update_statistics
+from .tuning.mode import use_autotune
 
 __all__ = [
     "BNLSTM",
@@ -27,5 +28,6 @@ __all__ = [
     "bn_lstm",
     "estimate_statistics",
     "update_statistics",
+    "use_autotune",
     "use_backend",
 ]

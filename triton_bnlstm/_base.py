@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from . import checks, functional
-from .backend import BACKENDS, SAVES, requested_backend
+from .backend import BACKENDS, SAVE_CHOICES, requested_backend
 from .dispatch import run
 from .packing import Packing
 from .recompute import Calls, fingerprint, in_backward
@@ -27,6 +27,7 @@ from .statistics import (
     training_population,
     update_statistics_,
 )
+from .tuning.mode import MODES as AUTOTUNE_MODES
 
 RECURRENT_INITS = ("orthogonal", "identity")
 States = tuple[Tensor, Tensor]
@@ -70,6 +71,7 @@ class BNLSTMBase(nn.Module):
         initial_noise: float,
         save: str,
         backend: str | None,
+        autotune: str | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -87,8 +89,9 @@ class BNLSTMBase(nn.Module):
         self.recurrent_init = checks.choice("recurrent_init", recurrent_init, RECURRENT_INITS)
         self.forget_bias = checks.real("forget_bias", forget_bias)
         self.initial_noise = checks.real("initial_noise", initial_noise, minimum=0)
-        self.save = checks.choice("save", save, SAVES)
+        self.save = checks.choice("save", save, SAVE_CHOICES)
         self.backend = None if backend is None else checks.choice("backend", backend, BACKENDS)
+        self.autotune = None if autotune is None else checks.choice("autotune", autotune, AUTOTUNE_MODES)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating dtype, got {dtype}")
         self.dropout = 0.0
@@ -308,7 +311,7 @@ class BNLSTMBase(nn.Module):
         regularise: bool,
     ) -> Pass:
         """All layers and directions over rows, each with its population; pure. `regularise`: dropout and noise."""
-        backend, save = requested_backend(self.backend), checks.choice("save", self.save, SAVES)
+        backend, save = requested_backend(self.backend), checks.choice("save", self.save, SAVE_CHOICES)
         if in_backward() and self._asked_for is not None:  # a recomputation: contexts may be gone, or another thread's
             backend = self._asked_for
         self._asked_for = backend
@@ -335,7 +338,7 @@ class BNLSTMBase(nn.Module):
                     raise ValueError(f"weight_ih{suffix} and weight_hh{suffix} {shapes} are not of this layer's size")
                 calls.append(Call(turned, h, c, parameters, problem))
             outputs = []
-            for direction, ran in enumerate(run(calls, backend, save)):
+            for direction, ran in enumerate(run(calls, backend, save, self.autotune)):
                 outputs.append(ran.rows if direction == 0 or mirrored is None else ran.rows.index_select(0, mirrored))
                 h_n.append(ran.h_n)
                 c_n.append(ran.c_n)

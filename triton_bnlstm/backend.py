@@ -18,6 +18,7 @@ from ._version import __version__
 BACKENDS = ("auto", "reference", "triton")
 # What kernels keep of W_hh h for their backward; see `BNLSTM`.
 SAVES = ("preactivations", "recompute")
+SAVE_CHOICES = (*SAVES, "auto")
 _VARIABLE = "TRITON_BNLSTM_BACKEND"
 _chosen: ContextVar[str | None] = ContextVar("triton_bnlstm_backend", default=None)
 

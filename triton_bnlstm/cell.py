@@ -73,6 +73,7 @@ class BNLSTMCell(BNLSTMBase):
             initial_noise=0.0,
             save="preactivations",
             backend=backend,
+            autotune=None,  # of one step there is nothing to tune
             device=device,
             dtype=dtype,
         )

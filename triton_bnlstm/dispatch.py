@@ -12,6 +12,7 @@ from .backend import requested_backend, why_no_kernels
 from .kernels.config import explicit_config
 from .kernels.errors import KernelError
 from .reference import Call, Ran
+from .tuning.mode import requested_autotune
 
 # What auto takes the kernels for: the interpreter is for those who ask for it.
 KERNEL_DEVICES = ("cuda",)
@@ -47,15 +48,15 @@ def _case(calls: list[Call]) -> tuple[object, ...]:
     return p.weight_hh.device, p.weight_hh.dtype, *shapes, p.gamma_c is None, problem.frozen, problem.population is None
 
 
-def run(calls: list[Call], backend: str | None, save: str = "preactivations") -> list[Ran]:
+def run(calls: list[Call], backend: str | None, save: str = "preactivations", autotune: str | None = None) -> list[Ran]:
     """All directions of one layer on the backend that is asked for; they share device, dtype and packing.
 
-    save: what kernels keep for their backward; see `BNLSTM`.
+    save: what kernels keep for their backward; autotune: whether their layouts may be measured; see `BNLSTM`.
 
     Raises:
         RuntimeError: backend="triton", and the kernels cannot run this.
     """
-    requested = requested_backend(backend)
+    requested, tuning = requested_backend(backend), requested_autotune(autotune)
     weight = calls[0].parameters.weight_hh
     if requested != "reference":
         wanted = requested == "triton" or weight.device.type in KERNEL_DEVICES
@@ -77,7 +78,8 @@ def run(calls: list[Call], backend: str | None, save: str = "preactivations") ->
                     _tell_once(f"triton_bnlstm runs on the reference path: a kernel could not run here ({error})")
 
                 try:
-                    return list(fused.layer(calls, fused.Options(save, only_kernels, _tell, failed)))
+                    options = fused.Options(save, only_kernels, _tell, failed, tuning)
+                    return list(fused.layer(calls, options))
                 except KernelError as error:
                     if only_kernels or explicit_config() is not None:
                         raise

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks
-from .backend import BACKENDS, SAVES
+from .backend import BACKENDS, SAVE_CHOICES
 from .dispatch import run
 from .packing import Packing
 from .reference import Call, Parameters, Problem, accumulation_dtype
 from .statistics import Population, Statistics, population_at_steps, resolve_statistics, training_population
+from .tuning.mode import MODES as AUTOTUNE_MODES
 
 INPUT_STATS = ("time", "sequence")
 
@@ -94,6 +95,7 @@ def bn_lstm(
     eps: float = 1e-5,
     save: str = "preactivations",
     backend: str | None = None,
+    autotune: str | None = None,
 ) -> Result:
     """Batch-normalised LSTM of Cooijmans et al. 2016, equations (6)–(8), over one layer in one direction.
 
@@ -114,8 +116,9 @@ def bn_lstm(
         input_stats: statistics of W_x x per time step ("time") or over all valid steps ("sequence").
         prior_count: at most so many phantom rows per step; None: every vacated seat; 0: none.
         eps: ε added to variances.
-        save: what the kernels keep of W_hh h for their backward, "preactivations" or "recompute"; see `BNLSTM`.
+        save: what the kernels keep of W_hh h for their backward: "preactivations", "recompute" or "auto"; see `BNLSTM`.
         backend: "auto", "reference" or "triton"; None: what `use_backend` or TRITON_BNLSTM_BACKEND say, else "auto".
+        autotune: "off", "on_miss" or "force"; None: what `use_autotune` or TRITON_BNLSTM_AUTOTUNE say, else "off".
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
@@ -127,9 +130,11 @@ def bn_lstm(
         raise TypeError(f"statistics must be Statistics, got {type(statistics).__name__}")
     checks.flag("training", training)
     checks.flag("reverse", reverse)
-    checks.choice("save", save, SAVES)
+    checks.choice("save", save, SAVE_CHOICES)
     if backend is not None:
         checks.choice("backend", backend, BACKENDS)
+    if autotune is not None:
+        checks.choice("autotune", autotune, AUTOTUNE_MODES)
     checks.choice("input_stats", input_stats, INPUT_STATS)
     checks.real("eps", eps, above=0)
     if prior_count is not None:
@@ -158,7 +163,7 @@ def bn_lstm(
     population = population_of(statistics, packing, start, training, over_time, prior_count)
     x = x.index_select(0, packing.mirror) if reverse else x
     call = Call(x, h, c, parameters, Problem(packing, population, over_time, eps))
-    rows, h_n, c_n, moments = run([call], backend, save)[0]
+    rows, h_n, c_n, moments = run([call], backend, save, autotune)[0]
     rows = rows.index_select(0, packing.mirror) if reverse else rows
     return Result(from_rows(rows, packing, input, False), packing.unseat(h_n), packing.unseat(c_n), moments)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, cast
 
@@ -13,11 +13,13 @@ from torch import Tensor
 from . import bptt, checks, fused_backward
 from .backend import SAVES
 from .fused_forward import Trained, infer, last_states, train
-from .kernels.config import explicit_backward_config
+from .kernels import launch
+from .kernels.config import SaveConfig, device_of, explicit_backward_config
 from .kernels.errors import KernelError
 from .packing import Packing
 from .reference import Call, Parameters, Problem, Ran
 from .statistics import Statistics
+from .tuning import choice, online
 
 
 def _results(h: Tensor, h_n: list[Tensor], c_n: list[Tensor], packing: Packing) -> list[Tensor]:
@@ -36,16 +38,18 @@ class Options:
     """How a layer is run.
 
     Attributes:
-        save: "preactivations" keeps W_hh h for the backward, "recompute" makes it again.
+        save: "preactivations" keeps W_hh h for the backward, "recompute" makes it again, "auto" is the faster of both.
         only_kernels: what the kernels cannot do is an error; else the reference path does it, and `tell` says so.
         tell: takes what the user should know, once.
         failed: takes the error of a backward kernel that cannot run here, before the reference path steps in.
+        autotune: "off", "on_miss" or "force"; see `BNLSTM`.
     """
 
     save: str
     only_kernels: bool
     tell: Callable[[str], None]
     failed: Callable[[KernelError], None]
+    autotune: str = "off"
 
 
 _INPUTS, _OUTPUTS = 3 + len(Parameters._fields), 3  # of a direction
@@ -197,6 +201,23 @@ def _by_the_reference(
     return found
 
 
+def _tuned(calls: list[Call], options: Options, gradients: bool) -> Options:
+    """Measure layouts before the call, if that is asked for; and what "auto" saves."""
+    wanted = options.autotune != "off"
+    weight = calls[0].parameters.weight_hh
+    asks = options.save == "auto" and gradients and not calls[0].problem.frozen
+    if not (wanted or asks) or len(calls[0].problem.packing.sizes) == 1:
+        return options if options.save != "auto" else replace(options, save="preactivations")
+    precision = launch.product_precision(weight.dtype, weight.device)
+    if wanted:
+        online.ensure(calls, precision, options.autotune, gradients=gradients, save=asks)
+    if options.save != "auto":
+        return options
+    found = choice.choose(device_of(weight.device), online.work_of_save(calls, precision)).layout if asks else None
+    again = isinstance(found, SaveConfig) and found.recompute
+    return replace(options, save="recompute" if again else "preactivations")
+
+
 def layer(calls: list[Call], options: Options) -> list[Ran]:
     """All directions of one layer; they share their packing and options. `bptt.layer` tells what each gives.
 
@@ -208,8 +229,10 @@ def layer(calls: list[Call], options: Options) -> list[Ran]:
     problems = [call.problem for call in calls]
     inputs = [s for call in calls for s in (call.x, call.h, call.c, *call.parameters)]
     moments: list[Statistics] = []
+    gradients = torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in inputs)
     with torch.autocast(calls[0].x.device.type, enabled=False):
-        if torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in inputs):
+        options = _tuned(calls, options, gradients)
+        if gradients:
             results = cast(tuple[Tensor, ...], _Layer.apply(problems, options, moments, *inputs))
         else:
             results = _without_gradient(calls, moments)

@@ -57,10 +57,14 @@ class BNLSTM(BNLSTMBase):
             compare both on held-out data, or give the noise as hx through its `forward`.
         save: whether the kernels keep W_hh h for their backward. "preactivations" does; "recompute" makes it again from
             h in one product, to the same accuracy, and keeps 14 bytes of each unit, row and step instead of 22 in half
-            precision. In evaluation it is always made again. The reference path knows no such choice.
+            precision. In evaluation it is always made again. "auto": what tuning found to be faster on this device,
+            else "preactivations". The reference path knows no such choice.
         backend: "auto" takes the Triton kernels on a GPU where they can run, else the reference path, and says why
             once; "reference"; "triton" raises at the call where they cannot run. None: what `use_backend` or the
             environment variable TRITON_BNLSTM_BACKEND say, else "auto".
+        autotune: "off" measures no layouts of the kernels; "on_miss" measures before a call, and keeps in the user's
+            cache, what nobody has measured for its sizes on this device; "force" measures once more in this process.
+            None: what `use_autotune` or the environment variable TRITON_BNLSTM_AUTOTUNE say, else "off".
         device, dtype: of the parameters. Statistics are float32 (float64 for float64 parameters), counts float64.
 
     Inputs: input, hx=None, lengths=None, start=0
@@ -118,6 +122,7 @@ class BNLSTM(BNLSTMBase):
         initial_noise: float = 0.0,
         save: str = "preactivations",
         backend: str | None = None,
+        autotune: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -143,6 +148,7 @@ class BNLSTM(BNLSTMBase):
             initial_noise=initial_noise,
             save=save,
             backend=backend,
+            autotune=autotune,
             device=device,
             dtype=dtype,
         )
@@ -251,6 +257,7 @@ class BNLSTM(BNLSTMBase):
             "initial_noise": 0.0,
             "save": "preactivations",
             "backend": None,
+            "autotune": None,
         }
         shown += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
         return ", ".join(shown)
@@ -269,6 +276,7 @@ class BNLSTM(BNLSTMBase):
         initial_noise: float = 0.0,
         save: str = "preactivations",
         backend: str | None = None,
+        autotune: str | None = None,
     ) -> BNLSTM:
         """A layer with an nn.LSTM's weights, that in eval() computes what the LSTM does until its statistics change.
 
@@ -278,8 +286,8 @@ class BNLSTM(BNLSTMBase):
 
         Args:
             lstm: without proj_size.
-            max_length, cell_norm, input_stats, prior_count, eps, momentum, initial_noise, save, backend: as for the
-                layer.
+            max_length, cell_norm, input_stats, prior_count, eps, momentum, initial_noise, save, backend, autotune: as
+                for the layer.
 
         Raises:
             TypeError: `lstm` is not an nn.LSTM.
@@ -308,6 +316,7 @@ class BNLSTM(BNLSTMBase):
             initial_noise=initial_noise,
             save=save,
             backend=backend,
+            autotune=autotune,
             device=weight.device,
             dtype=weight.dtype,
         )

@@ -120,6 +120,17 @@ class MomentsConfig:
                 raise ValueError(f"{name} must be a power of two and at least {least}, got {value}")
 
 
+@dataclass(frozen=True)
+class SaveConfig:
+    """What a forward in training leaves for its backward; chosen by tuning where `save` is "auto".
+
+    Attributes:
+        recompute: W_hh h is made again, instead of being kept.
+    """
+
+    recompute: bool
+
+
 def default_moments_config(columns: int) -> MomentsConfig:
     """The layout for so many columns that nobody has tuned."""
     return MomentsConfig(64, 64, 8) if columns > 16 else MomentsConfig(64, 16, 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import fused_backward, fused_forward
 from ..kernels import launch
-from ..kernels.config import BackwardConfig, Config, Device, MomentsConfig, device_of, use_config
+from ..kernels.config import BackwardConfig, Config, Device, MomentsConfig, SaveConfig, device_of, use_config
 from ..kernels.errors import KernelError
 from ..kernels.launch import Recurrence
 from ..kernels.rows import Rows
@@ -27,15 +27,18 @@ _MOMENTS_BOUND = 1e-4
 
 
 @contextmanager
-def undisturbed(work: Work) -> Iterator[None]:
-    """Whatever mode the caller is in, and nothing of his is touched: no autocast, no inference mode, his own graph."""
+def undisturbed(work: Work, *, tuned: bool = False) -> Iterator[None]:
+    """Whatever mode the caller is in, and nothing of his is touched: no autocast, no inference mode, his own graph.
+
+    tuned: kernels get the layouts that they would get; else those that nobody has tuned.
+    """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device_type, enabled=False),
         product_precision(work),
-        analytic_only(),
+        nullcontext() if tuned else analytic_only(),
     ):
         yield
 
@@ -94,7 +97,8 @@ class _Timed:
 
 def bench_of(work: Work, device: torch.device, steps: int = STEPS) -> Bench:
     """Where some work is tuned."""
-    return MomentsBench(work, device, steps) if work.kernel == "moments" else RecurrentBench(work, device, steps)
+    kinds: dict[str, type[_DeviceBench]] = {"moments": MomentsBench, "save": SaveBench}
+    return kinds.get(work.kernel, RecurrentBench)(work, device, steps)
 
 
 class _DeviceBench:
@@ -117,7 +121,7 @@ class _DeviceBench:
         reason = space.why_not(self.numbers, self.work, layout)
         if reason is not None:
             raise Unfit(reason)
-        with undisturbed(self.work):
+        with undisturbed(self.work, tuned=self.work.kernel == "save"):
             try:
                 reason = self.why_not_compiled(layout) or self.why_wrong(layout)
                 if reason is not None:
@@ -130,7 +134,7 @@ class _DeviceBench:
 
     def sample(self, layout: Layout) -> float:
         """See `Bench`."""
-        with undisturbed(self.work):
+        with undisturbed(self.work, tuned=self.work.kernel == "save"):
             return self.timed.seconds(layout)
 
     def why_not_compiled(self, layout: Layout) -> str | None:
@@ -170,7 +174,7 @@ class RecurrentBench(_DeviceBench):
             self._recurrence = next(each for each in seen if each.kernel.__name__ == f"{self.work.kernel}_kernel")
         return self._recurrence
 
-    def _run(self, layout: Layout | None) -> dict[str, Tensor]:
+    def _run(self, layout: Layout | None, save: str = "preactivations") -> dict[str, Tensor]:
         """The layer in this layout; in its default layouts with None."""
         forward = layout if isinstance(layout, Config) and self.work.kernel != "backward" else None
         backward = layout if isinstance(layout, BackwardConfig) else None
@@ -182,7 +186,7 @@ class RecurrentBench(_DeviceBench):
                 h, c, _ = fused_forward.infer(calls, keep_cells=False)
                 c_n = list(c)
             else:
-                ran = fused_forward.train(calls, "preactivations")
+                ran = fused_forward.train(calls, save)
                 h, c_n = ran.h, fused_forward.last_states(ran.c, packing)
                 for k, moments in enumerate(ran.moments):
                     found |= {f"mean {k}": moments.hh.mean, f"variance {k}": moments.hh.var}
@@ -196,6 +200,10 @@ class RecurrentBench(_DeviceBench):
         for k in range(len(calls)):
             found |= {f"output {k}": h[k, packing.batch :], f"h_n {k}": h_n[k], f"c_n {k}": c_n[k]}
         return found
+
+    def training_step(self, save: str) -> dict[str, Tensor]:
+        """Forward and backward of the layer in training, and what they give."""
+        return self._run(None, save)
 
     def why_not_compiled(self, layout: Layout) -> str | None:
         """See `_DeviceBench`."""
@@ -211,6 +219,32 @@ class RecurrentBench(_DeviceBench):
         assert isinstance(layout, Config)
         recurrence, config = self.recurrence, layout
         return lambda: recurrence.run(config)
+
+    def sample(self, layout: Layout) -> float:
+        """See `Bench`."""
+        return super().sample(layout) / self.steps
+
+
+class SaveBench(_DeviceBench):
+    """A training step that keeps W_hh h for its backward, or makes it again, in the layouts that it would get."""
+
+    def __init__(self, work: Work, device: torch.device, steps: int = STEPS) -> None:
+        super().__init__(work, device, steps)
+        self._layer = RecurrentBench(work, device, steps)
+
+    def why_not_compiled(self, layout: Layout) -> str | None:
+        """It is made of kernels that have their own layouts."""
+        return None
+
+    def why_wrong(self, layout: Layout) -> str | None:
+        """See `_DeviceBench`."""
+        return self._layer.layer.why_wrong(self.call_of(layout)())
+
+    def call_of(self, layout: Layout) -> Callable[[], Any]:
+        """See `_DeviceBench`."""
+        assert isinstance(layout, SaveConfig)
+        save = "recompute" if layout.recompute else "preactivations"
+        return lambda: self._layer.training_step(save)
 
     def sample(self, layout: Layout) -> float:
         """See `Bench`."""

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 import torch
 
 from .. import checks
+from ..recompute import in_backward
 
 MODES = ("off", "on_miss", "force")
 VARIABLE = "TRITON_BNLSTM_AUTOTUNE"
@@ -52,6 +53,6 @@ def why_not_now(device: torch.device) -> str | None:
         return "a CUDA graph is being captured"
     if torch.are_deterministic_algorithms_enabled():
         return "torch.use_deterministic_algorithms is on, and a choice by timing is not deterministic"
-    if torch._C._current_graph_task_id() != -1:
+    if in_backward():
         return "a backward is running"
     return None

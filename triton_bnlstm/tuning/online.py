@@ -23,7 +23,7 @@ from .entry import Entry
 from .mode import why_not_now
 from .store import Store, locked
 from .tuner import Bench, Tell, TuningError, nobody, tune
-from .work import Work
+from .work import FLAGS, Work
 
 SECONDS_VARIABLE = "TRITON_BNLSTM_AUTOTUNE_SECONDS"
 SECONDS = 60.0  # of each kernel
@@ -52,38 +52,50 @@ def seconds_allowed() -> float:
     return seconds
 
 
-def works_of(calls: list[Call], precision: str, *, gradients: bool) -> list[Work]:
-    """The kernels' works of one layer's call.
-
-    calls: of each direction. precision: of products. gradients: a backward may follow.
-    """
+def _recurrent(kernel: str, calls: list[Call], precision: str) -> Work:
     p, problem = calls[0].parameters, calls[0].problem
-    packing, dtype, hidden = problem.packing, p.weight_hh.dtype, p.weight_hh.shape[1]
-    columns, directions = p.weight_ih.shape[1], len(calls)
     given = {
         "cell_norm": p.gamma_c is not None,
-        "narrow": columns == 1,
+        "narrow": p.weight_ih.shape[1] == 1,
         "seats": not problem.frozen and problem.population is not None,
-        "fill": packing.mask is not None,
+        "fill": problem.packing.mask is not None,
     }
+    flags = tuple(name for name in FLAGS[kernel] if given[name])
+    hidden, dtype = p.weight_hh.shape[1], p.weight_hh.dtype
+    return Work(kernel, hidden, problem.packing.batch, len(calls), dtype, precision, flags)
 
-    def recurrent(kernel: str, *names: str) -> Work:
-        flags = tuple(name for name in names if given[name])
-        return Work(kernel, hidden, packing.batch, directions, dtype, precision, flags)
 
-    if problem.frozen:
-        found = [recurrent("inference", "cell_norm", "narrow")]
+def work_of_save(calls: list[Call], precision: str) -> Work:
+    """What the choice between keeping W_hh h and making it again is looked up by."""
+    return _recurrent("save", calls, precision)
+
+
+def works_of(calls: list[Call], precision: str, *, gradients: bool, save: bool = False) -> list[Work]:
+    """The kernels' works of one layer's call.
+
+    Args:
+        calls: of each direction.
+        precision: of products.
+        gradients: a backward may follow.
+        save: what it keeps for that is to be chosen, too.
+    """
+    p, packing = calls[0].parameters, calls[0].problem.packing
+    columns, hidden, directions, dtype = p.weight_ih.shape[1], p.weight_hh.shape[1], len(calls), p.weight_hh.dtype
+    if calls[0].problem.frozen:
+        found = [_recurrent("inference", calls, precision)]
     else:
-        found = [recurrent("forward", "cell_norm", "narrow", "seats")]
+        found = [_recurrent("forward", calls, precision)]
         if columns > 1:  # moments of one column cost nothing
             found.append(Work.of_moments(columns, packing.batch, directions, dtype, centre=True))
             found.append(Work.of_moments(4 * hidden, packing.batch, directions, dtype, centre=False))
     if gradients:
-        found.append(recurrent("backward", "cell_norm", "fill", "narrow"))
+        found.append(_recurrent("backward", calls, precision))
+    if save:  # last: with the layouts that have been found for both
+        found.append(work_of_save(calls, precision))
     return found
 
 
-def ensure(calls: list[Call], precision: str, mode: str, *, gradients: bool) -> None:
+def ensure(calls: list[Call], precision: str, mode: str, *, gradients: bool, save: bool = False) -> None:
     """Tune what a layer's call is about to run, as far as the mode asks for it and it can be done now.
 
     Nothing that goes wrong here keeps the call from running: it gets the layouts that are there.
@@ -91,7 +103,7 @@ def ensure(calls: list[Call], precision: str, mode: str, *, gradients: bool) -> 
     weight: Tensor = calls[0].parameters.weight_hh
     if mode == "off" or weight.device.type != "cuda":
         return
-    works = works_of(calls, precision, gradients=gradients)
+    works = works_of(calls, precision, gradients=gradients, save=save)
     ensure_works(works, weight.device, device_of(weight.device), mode)
 
 

@@ -14,7 +14,15 @@ from typing import Any
 
 from ..kernels import backward_config, forward_config
 from ..kernels.backward_config import default_backward_config, step_seconds
-from ..kernels.config import BackwardConfig, Config, Device, MomentsConfig, default_moments_config, power_of_two
+from ..kernels.config import (
+    BackwardConfig,
+    Config,
+    Device,
+    MomentsConfig,
+    SaveConfig,
+    default_moments_config,
+    power_of_two,
+)
 from ..kernels.forward_config import default_config
 from .work import LAYOUTS, Layout, Work
 
@@ -31,6 +39,8 @@ def analytic(device: Device, work: Work, steps: int = _MANY_STEPS) -> Layout:
     """The layout for work that nobody has tuned, from the device's numbers and the model of a step."""
     if work.kernel == "moments":
         return default_moments_config(work.columns)
+    if work.kernel == "save":
+        return SaveConfig(recompute=False)  # faster wherever memory suffices, until somebody measures otherwise
     what = (device, work.hidden, work.batch, work.directions, work.dtype, work.precision)
     if work.kernel == "backward":
         return default_backward_config(*what, steps=steps)
@@ -59,6 +69,8 @@ def why_not(device: Device, work: Work, layout: Layout) -> str | None:
     """Why a layout cannot run, as far as that is known before it is compiled."""
     if type(layout) is not LAYOUTS[work.kernel]:
         return f"a {type(layout).__name__} is no layout of {work.kernel}"
+    if isinstance(layout, SaveConfig):
+        return None
     if isinstance(layout, MomentsConfig):
         return None if layout.rows * layout.columns <= _MOST_ELEMENTS else "a tile of that size does not fit"
     assert isinstance(layout, Config)
@@ -117,6 +129,8 @@ def modelled_seconds(device: Device, work: Work, layout: Config) -> float:
 def neighbours(layout: Layout) -> Iterator[Layout]:
     """Layouts that differ from this one in one decision, the most promising first."""
     changes: list[dict[str, Any]]
+    if isinstance(layout, SaveConfig):
+        return
     if isinstance(layout, MomentsConfig):
         changes = [{name: f(getattr(layout, name))} for name in ("columns", "rows") for f in (_half, _twice)]
         changes += [{"warps": 8 if layout.warps == 4 else 4}]
@@ -161,6 +175,8 @@ def structures(device: Device, work: Work) -> list[Layout]:
     what the analytic choice takes for these. `neighbours` vary them afterwards.
     """
     default = analytic(device, work)
+    if isinstance(default, SaveConfig):
+        return [default, SaveConfig(recompute=True)]
     if isinstance(default, MomentsConfig):
         tiles = (MomentsConfig(rows, columns, warps) for columns in (16, 32, 64, 128) for rows, warps in _ROWS)
         wide = max(16, power_of_two(work.columns))

@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels.config import BackwardConfig, Config, MomentsConfig, power_of_two
+from ..kernels.config import BackwardConfig, Config, MomentsConfig, SaveConfig, power_of_two
 
-Layout = Config | MomentsConfig
+Layout = Config | MomentsConfig | SaveConfig
 
-KERNELS = ("forward", "backward", "inference", "moments")
+# "save" is no kernel but a training step of several: whether its forward keeps what its backward needs.
+KERNELS = ("forward", "backward", "inference", "moments", "save")
 # Compiled into a kernel, of each: cell norm; x is one column; unequal lengths leave seats, which the population takes;
 # rows that are not live are written too; deviations are written.
 FLAGS = {
@@ -35,12 +36,14 @@ FLAGS = {
     "backward": ("cell_norm", "fill", "narrow"),
     "inference": ("cell_norm", "narrow"),
     "moments": ("centre",),
+    "save": ("cell_norm", "fill", "narrow", "seats"),
 }
 LAYOUTS: dict[str, type[Layout]] = {
     "forward": Config,
     "inference": Config,
     "backward": BackwardConfig,
     "moments": MomentsConfig,
+    "save": SaveConfig,
 }
 # Of the package `kernels`: files whose code is, or is called by, a kernel.
 _FILES = {
@@ -48,6 +51,7 @@ _FILES = {
     "inference": ("inference", "common", "barrier"),
     "backward": ("backward", "gradients", "common", "barrier"),
     "moments": ("input_side", "common"),
+    "save": ("forward", "backward", "gradients", "common", "barrier", "input_side"),
 }
 
 
@@ -202,7 +206,7 @@ def layout_of_json(kernel: str, fields: Any) -> Layout:
     if not isinstance(fields, dict) or set(fields) != set(kind.__dataclass_fields__):
         raise ValueError(f"a layout of {kernel} has the fields {', '.join(kind.__dataclass_fields__)}")
     for name, value in fields.items():
-        wanted = bool if name in ("sequence", "resident") else int
+        wanted = bool if name in ("sequence", "resident", "recompute") else int
         if type(value) is not wanted:
             raise ValueError(f"{name}: {value!r} is no {wanted.__name__}")
         if wanted is int and value > 4096:
@@ -217,6 +221,8 @@ def layout_as_json(layout: Layout) -> dict[str, Any]:
 
 def in_words(layout: Layout) -> str:
     """A layout in one line: "sequence, 8 units x 64 rows, inner 64, W_hh stays, 8 warps"."""
+    if isinstance(layout, SaveConfig):
+        return "recompute" if layout.recompute else "preactivations"
     if isinstance(layout, MomentsConfig):
         return f"{layout.rows} rows x {layout.columns} columns, {layout.warps} warps"
     parts = ["sequence" if layout.sequence else "step", f"{layout.units} units x {layout.batch_tile} rows"]
