@@ -62,6 +62,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _nobodys_cache(tmp_path_factory):
+    """What somebody has tuned on this machine must not decide about a test, nor a test about what it finds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_BNLSTM_CACHE_DIR", str(tmp_path_factory.mktemp("tuning")))
+        patch.delenv("TRITON_BNLSTM_AUTOTUNE", raising=False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -59,7 +59,7 @@ def read_file(path: Path) -> Raw:
     """
     try:
         text = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     try:
         held = json.loads(text)

@@ -209,7 +209,8 @@ def tune(
         reasons = "; ".join(sorted({each.failed for each in search.tried.values() if each.failed})[:3])
         raise TuningError(f"{work.key}: no layout could be measured ({reasons or 'none was tried'})")
     candidates = tuple(search.tried.values())
-    return Entry(work.key, search.incumbent, MEASURED, now(), by, bench.default, dict(case), candidates)
+    found = Entry(work.key, search.incumbent, MEASURED, now(), by, bench.default, dict(case), candidates)
+    return Entry.of_json(found.as_json())  # as it will be read, to as many digits
 
 
 def _confirm(search: _Search) -> None:

@@ -81,11 +81,12 @@ def source_hash(kernel: str) -> str:
 def _code(text: str) -> list[str]:
     """Tokens of a Python file but for comments, empty lines and strings that are statements."""
     found: list[str] = []
-    begins = True  # a statement
+    begins, skipped = True, False  # a statement begins here; the last one was a string
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type in (tokenize.COMMENT, tokenize.NL):
             continue
-        if begins and token.type == tokenize.STRING:
+        if (begins and token.type == tokenize.STRING) or (skipped and token.type == tokenize.NEWLINE):
+            skipped, begins = token.type == tokenize.STRING, True
             continue
         indents = token.type in (tokenize.INDENT, tokenize.DEDENT)
         begins = indents or token.type == tokenize.NEWLINE

@@ -1,0 +1,188 @@
+"""What measures on a device, run in the interpreter: nothing wrong is ever timed, and nothing of the caller's changes.
+
+Its times mean nothing here, and nobody looks at them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.support.tuning import BY
+from triton_bnlstm import BNLSTM, fused_backward, fused_forward
+from triton_bnlstm.kernels.config import INTERPRETER, Config
+from triton_bnlstm.kernels.errors import KernelError
+from triton_bnlstm.tuning import space
+from triton_bnlstm.tuning.tuner import TuningError, Unfit, tune
+from triton_bnlstm.tuning.work import FLAGS, Work
+
+launch = pytest.importorskip("triton_bnlstm.kernels.launch")
+measure = pytest.importorskip("triton_bnlstm.tuning.measure")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py has its own")
+
+CPU = torch.device("cpu")
+WORK = Work("forward", 6, 5, 1, torch.float32)
+STEPS = 4
+
+
+def bench_of(work=WORK):
+    return measure.bench_of(work, CPU, STEPS)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward", "inference", "moments", "save"])
+@pytest.mark.parametrize(("dtype", "directions", "flags"), [(torch.float32, 2, "all"), (torch.float16, 1, "none")])
+def test_every_kernels_work_is_measured(kernel, flags, dtype, directions):
+    """The default is right, and so is a layout beside it; both are timed."""
+    given = FLAGS[kernel] if flags == "all" else ()
+    work = Work(kernel, 6, 5, directions, dtype, "ieee", given, 6 if kernel == "moments" else 0)
+    bench = bench_of(work)
+    bench.prepare(bench.default)
+    ready = [bench.default]
+    for layout in [*bench.structures(), *bench.neighbours(bench.default)][1:4]:
+        if isinstance(layout, Config) and space.programs(work, layout) > work.directions:
+            with pytest.raises(Unfit, match="at the same time"):  # its programs cannot meet in the interpreter
+                bench.prepare(layout)
+        else:
+            bench.prepare(layout)
+            ready.append(layout)
+    assert len(ready) > 1
+    assert all(bench.sample(layout) > 0 for layout in ready)
+
+
+def test_gradients_and_statistics_are_compared_too():
+    names = set(bench_of(replace(WORK, flags=("cell_norm", "seats"))).layer.expected)
+    assert {"output 0", "h_n 0", "c_n 0", "mean 0", "variance 0", "d_x 0", "d_h 0", "d_c 0"} <= names
+    assert {f"d_{name} 0" for name in ("weight_ih", "weight_hh", "bias", "gamma_hh", "gamma_c", "beta_c")} <= names
+
+
+@pytest.mark.parametrize("broken", ["states", "statistics", "gradient", "not finite"])
+def test_a_layout_that_computes_something_wrong_is_never_timed(monkeypatch, broken):
+    """1 % off, in one place of what a kernel gives."""
+    train, backward = fused_forward.train, fused_backward.backward
+
+    def wrong_train(calls, keep):
+        ran = train(calls, keep)
+        if broken == "states":
+            ran.h[0, -1] *= 1.01
+        elif broken == "not finite":
+            ran.h[0, -1, -1] = float("nan")
+        elif broken == "statistics":
+            ran.moments[0].hh.var[-1] *= 1.01
+        return ran
+
+    def wrong_backward(*arguments, **options):
+        found = backward(*arguments, **options)
+        if broken == "gradient":
+            found[4] *= 1.01  # of W_hh
+        return found
+
+    bench = bench_of()
+    monkeypatch.setattr(fused_forward, "train", wrong_train)
+    monkeypatch.setattr(fused_backward, "backward", wrong_backward)
+    with pytest.raises(Unfit, match=r"off by .* \(at most"):
+        bench.prepare(bench.default)
+    with pytest.raises(KeyError):
+        bench.sample(bench.default)
+    with pytest.raises(TuningError, match="off by"):
+        tune(WORK, bench, by=BY, case={}, seconds=5)
+
+
+def test_moments_that_are_wrong(monkeypatch):
+    real = launch.moments
+    work = Work.of_moments(6, 5, 1, torch.float32, centre=True)
+    for place in ("moments", "centred"):
+        bench = bench_of(work)
+
+        def wrong(x, rows, centred=None, *, place=place, **options):
+            found = real(x, rows, centred, **options)
+            (found if place == "moments" else centred).mul_(1.001)
+            return found
+
+        monkeypatch.setattr(launch, "moments", wrong)
+        with pytest.raises(Unfit, match="moments off by"):
+            bench.prepare(bench.default)
+        monkeypatch.setattr(launch, "moments", real)
+
+
+def test_half_precision_may_lose_what_the_reference_path_loses():
+    for dtype, most in ((torch.float32, 4e-4), (torch.float16, 4e-2)):
+        limits = bench_of(replace(WORK, dtype=dtype)).layer.limits
+        assert all(limit <= most * (5 if name.startswith("d_") else 1) for name, limit in limits.items())
+
+
+def test_a_layout_that_needs_too_much_is_not_launched(monkeypatch):
+    bench = bench_of()
+    assert bench.recurrence  # made by a call that runs
+    monkeypatch.setattr(launch, "_run", lambda *_: pytest.fail("launched"))
+    with pytest.raises(Unfit, match="2 programs of forward_kernel have to run at the same time"):
+        bench.prepare(replace(bench.default, units=4))
+    with pytest.raises(Unfit, match="does not fit into registers"):
+        bench.prepare(replace(bench.default, units=64, batch_tile=128))
+
+    def broken(self, config):
+        raise KernelError("forward_kernel: PassManager::run failed")
+
+    monkeypatch.setattr(launch.Recurrence, "why_not", broken)
+    with pytest.raises(Unfit, match="PassManager"):
+        bench.prepare(replace(bench.default, warps=8))
+
+
+def test_too_little_memory_says_nothing_about_a_layout(monkeypatch):
+    bench = bench_of()
+
+    def full(self, config):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(launch.Recurrence, "why_not", full)
+    with pytest.raises(TuningError, match="too little memory"):
+        bench.prepare(bench.default)
+
+
+def test_from_the_first_to_the_last():
+    """The search on real kernels: every layout it tries is compiled, looked at and timed, or told why not."""
+    bench = bench_of()
+    found = tune(WORK, bench, by=BY, case={}, seconds=60, rounds=5)
+    assert isinstance(found.layout, Config)
+    assert found.candidate(found.default).microseconds > 0
+    assert any("at the same time" in each.failed for each in found.candidates)
+    assert found.gain is not None
+
+
+def test_nothing_of_the_callers_changes():
+    """Neither random numbers nor modes, precision, warnings or a graph that is being made."""
+    before = torch.get_rng_state()
+    x = torch.randn(3, requires_grad=True)
+    state = torch.get_rng_state()
+    y = x * x
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for kernel in ("forward", "backward", "inference"):
+                bench = bench_of(replace(WORK, kernel=kernel))
+                bench.prepare(bench.default)
+                bench.sample(bench.default)
+            assert torch.is_inference_mode_enabled()
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+    y.sum().backward()
+    assert torch.equal(x.grad, 2 * x)
+    assert not torch.equal(before, state)
+
+
+def test_a_recurrence_is_noted_only_where_it_is_asked_for():
+    layer = BNLSTM(2, 5, max_length=4, backend="triton")
+    with launch.observed() as seen:
+        layer(torch.randn(3, 4, 2))[0].sum().backward()
+    kernels = [each.kernel.__name__ for each in seen]
+    assert kernels[0] == "forward_kernel"
+    layer(torch.randn(3, 4, 2))
+    assert [each.kernel.__name__ for each in seen] == kernels
+    assert INTERPRETER.backend == "cpu"

@@ -1,0 +1,220 @@
+"""The search for a layout, with kernels whose times are a formula and a clock that stands still in between."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.aot.targets import TARGETS
+from tests.support.tuning import BY, H100, WORK, Clock, FakeBench, entry, microseconds
+from triton_bnlstm.kernels.config import Config, MomentsConfig
+from triton_bnlstm.tuning import space
+from triton_bnlstm.tuning.tuner import LEAST_ROUNDS, ROUNDS, SCREENING, TuningError, tune
+from triton_bnlstm.tuning.work import FLAGS, KERNELS, LAYOUTS, Work
+
+CASE = {"hidden": 512, "batch": 64, "columns": 0}
+
+
+def searched(bench, **options):
+    options = {"seconds": 1000.0, "by": BY, "case": CASE, **options}
+    return tune(WORK, bench, clock=bench.clock, now=lambda: 5.0, **options)
+
+
+def test_the_fastest_layout_is_found_and_told():
+    bench = FakeBench()
+    found = searched(bench)
+    possible = {bench.default, *bench.structures(), *bench.neighbours(found.layout)}
+    assert microseconds(found.layout) == min(map(microseconds, possible))
+    assert found.layout != bench.default
+    assert found.gain == pytest.approx(microseconds(bench.default) / microseconds(found.layout), rel=1e-3)
+    assert (found.how, found.at, found.by, found.case, found.default) == ("measured", 5.0, BY, CASE, bench.default)
+    assert {each.layout for each in found.candidates} == set(bench.prepared)  # every one is told of
+
+
+def test_layouts_take_turns():
+    bench = FakeBench()
+    found = searched(bench)
+    first_round = bench.sampled[: len(set(bench.sampled[:20]))]
+    assert len(first_round) == len(set(first_round)) > 5
+    assert bench.sampled[len(first_round) : 2 * len(first_round)] == first_round
+    # those far behind are timed no further than the screening
+    slow = [each for each in found.candidates if each.rounds == SCREENING]
+    assert slow
+    assert all(each.microseconds > 1.25 * microseconds(found.layout) for each in slow)
+
+
+@pytest.mark.parametrize(("better", "taken"), [(0.985, False), (0.975, True)])
+def test_what_stands_stays_unless_something_is_two_percent_better(better, taken):
+    """2 % is what `BETTER` says: a choice must not follow the noise."""
+    bench = FakeBench(time=lambda layout: 10 * (1 if layout == bench.default else better))
+    assert (searched(bench).layout != bench.default) == taken
+
+
+def test_a_lucky_sample_is_not_enough():
+    """Medians count, and the winner has to win once more."""
+    bench = FakeBench(time=lambda layout: 10.0, noise=lambda k: 0.5 if k % 7 == 0 else 1.0)
+    assert searched(bench).layout == bench.default
+    lucky = {}
+
+    def time(layout):  # fast in the first rounds that it is in, never again
+        lucky[layout] = lucky.get(layout, 0) + 1
+        return 10.0 if layout == bench.default or lucky[layout] > ROUNDS + 1 else 8.0
+
+    bench = FakeBench(time=time)
+    assert searched(bench).layout == bench.default
+
+
+def test_a_clock_that_slows_down_slows_all():
+    """All layouts equal, and a device whose clock falls to half of its speed while it works."""
+    bench = FakeBench(time=lambda layout: 10.0, noise=lambda k: min(2.0, 1 + k / 100))
+    found = searched(bench)
+    assert found.layout == bench.default
+
+
+def test_layouts_that_cannot_run_are_told_and_not_timed():
+    bench = FakeBench()
+    every = set(bench.structures()) - {bench.default}
+    bench.unfit = dict.fromkeys(every, "it needs 300000 bytes of shared memory")
+    found = searched(bench)
+    assert not every & set(bench.sampled)
+    assert {each.failed for each in found.candidates if each.layout in every} == set(bench.unfit.values())
+    bench = FakeBench()
+    bench.unfit = {bench.default: "it spills"}  # then another one has nothing to be compared with
+    found = searched(bench)
+    assert found.layout != bench.default
+    assert found.gain is None
+
+
+def test_nothing_runs():
+    bench = FakeBench(compiling=0.0)
+    bench.prepare = lambda layout: FakeBench.prepare(replace(bench, unfit={layout: "no"}), layout)
+    with pytest.raises(TuningError, match=r"forward bfloat16 H512 B64 .* \(no\)"):
+        searched(bench)
+
+
+def test_the_time_is_kept():
+    """What takes 60 s to compile is not begun once the time is up; what has been compiled is timed all the same."""
+    bench = FakeBench(compiling=60.0)
+    found = searched(bench, seconds=200.0)
+    assert bench.clock.now < 200 + 2 * 60
+    assert len(found.candidates) == len(bench.prepared) == 3
+    assert found.candidate(found.layout).rounds >= LEAST_ROUNDS
+    bench = FakeBench(compiling=60.0)
+    assert searched(bench, seconds=1.0).layout == bench.default  # there was time for one
+
+
+def test_only_what_is_new_is_tried():
+    bench = FakeBench()
+    found = searched(bench)
+    again = FakeBench()
+    assert searched(again, known=found) is found
+    assert again.prepared == again.sampled == []
+    # one that this version of the library has come to know of: it alone, against the best and the default
+    known = replace(found, candidates=tuple(each for each in found.candidates if each.layout != found.layout))
+    known = replace(known, layout=bench.default)
+    newer = searched(again, known=known)
+    assert newer.layout == found.layout
+    assert set(again.prepared) == {bench.default, found.layout}
+    assert {each.layout for each in newer.candidates} == {each.layout for each in found.candidates}
+
+
+def test_times_of_another_triton_are_taken_again():
+    old = BY._replace(triton="2.0.0")
+    bench = FakeBench()
+    found = searched(bench, known=replace(searched(FakeBench()), by=old))
+    assert found.by == BY
+    assert len(bench.prepared) > 5
+
+
+def test_what_fails_while_it_is_timed_is_dropped():
+    from triton_bnlstm.tuning.tuner import Unfit
+
+    bench = FakeBench()
+    sample, best = bench.sample, searched(FakeBench()).layout
+
+    def failing(layout):
+        if layout == best and len(bench.sampled) > 30:
+            raise Unfit("it failed")
+        return sample(layout)
+
+    bench.sample = failing
+    found = searched(bench)
+    assert found.layout != best
+    assert found.candidate(best).failed == "it failed"
+
+
+# Which layouts there are
+
+
+@given(
+    st.sampled_from(sorted(TARGETS)),
+    st.sampled_from(KERNELS),
+    st.sampled_from([1, 5, 16, 100, 512, 1000, 2048]),
+    st.sampled_from([1, 2, 33, 64, 256]),
+    st.sampled_from([(torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")]),
+)
+def test_every_layout_is_one_that_may_run(target, kernel, hidden, batch, numbers):
+    device = TARGETS[target].device
+    columns = hidden if kernel == "moments" else 0
+    work = Work(kernel, hidden, batch, 1, *numbers, FLAGS[kernel], columns)
+    found = space.structures(device, work)
+    assert found[0] == space.analytic(device, work)
+    assert len(found) == len(set(found))
+    for layout in found:
+        assert type(layout) is LAYOUTS[kernel]
+        assert layout == found[0] or space.why_not(device, work, layout) is None
+        if isinstance(layout, Config) and layout.sequence and space.programs(work, layout) > 1:
+            assert device.backend == "cuda"
+            assert space.programs(work, layout) <= device.resident_programs(0, 1, layout.warps)
+
+
+def test_the_analytic_layout_is_one_that_may_run():
+    for target in TARGETS.values():
+        for kernel in KERNELS:
+            for hidden, batch in ((100, 100), (512, 64), (1024, 64), (2048, 128)):
+                work = Work(kernel, hidden, batch, 1, torch.float16, columns=hidden if kernel == "moments" else 0)
+                assert space.why_not(target.device, work, space.analytic(target.device, work)) is None, (target, work)
+
+
+def test_the_model_orders_as_the_analytic_choice_does():
+    """Few units, W_hh on chip, a product that is divided: the library's own reasons."""
+    for kernel in ("forward", "backward"):
+        work = Work(kernel, 1024, 64, 1, torch.bfloat16)
+        found = space.structures(H100, work)
+        times = [space.modelled_seconds(H100, work, layout) for layout in found]
+        assert times[1:] == sorted(times[1:])
+        assert times[0] == min(times)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"units": 4, "sequence": True}, None),
+        ({"units": 4, "sequence": True, "warps": 32}, "have to run at the same time"),
+        ({"units": 64, "batch_tile": 128}, "does not fit into registers"),
+        ({"warps": 64}, "more than a program can have"),
+        ({"units": 32, "resident": True, "inner": 64}, None),
+    ],
+)
+def test_why_a_layout_cannot_run(change, why):
+    work = Work("forward", 1064, 64, 1, torch.bfloat16)
+    base = Config(sequence=False, units=8, batch_tile=64, inner=64, resident=False, warps=4, stages=2)
+    found = space.why_not(H100, work, replace(base, **change))
+    assert (found is None) if why is None else (why in (found or ""))
+
+
+def test_layouts_of_another_kind():
+    assert "no layout of forward" in space.why_not(H100, WORK, MomentsConfig(64, 64, 8))
+    assert "no layout of backward" in space.why_not(H100, replace(WORK, kernel="backward"), entry().layout)
+    mi300 = TARGETS["gfx942"].device
+    assert "CUDA" in space.why_not(mi300, WORK, replace(entry().layout, sequence=True, batch_tile=16))
+
+
+def test_clock_is_used_for_nothing_but_the_time_cap():
+    """A clock that stands still is a tuning that takes no time."""
+    bench = FakeBench(clock=Clock(), compiling=0.0)
+    assert searched(bench, seconds=1e-3).layout == searched(FakeBench()).layout
