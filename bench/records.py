@@ -11,7 +11,7 @@
     ceilings      figures of `ceilings.Ceilings`, and source
     cases         fields of `cases.Case` by key
     results       one per case and provider, see `Result`
-    layouts       tuning: one per case and way, candidates with their times
+    layouts       tuning: one per case and way, candidates with their times; entry and device: as the library keeps them
     stages        where the time goes: one per case and way, times with one stage left out
     kernels       device time of each kernel of a training step, as the profiler saw it; one per case
     first_calls   seconds of the first training step in a new process: one per case and provider

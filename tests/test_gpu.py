@@ -379,3 +379,67 @@ def test_oracle_layer_on_the_device():
     lengths = torch.randint(1, 7, (20,))
     for a, e in zip(run(layer, x, lengths), run(twin, x.double(), lengths), strict=True):
         assert (a.double() - e).norm() <= 5e-5 * e.double().norm().clamp_min(1e-6)
+
+
+# Tuning
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    from triton_bnlstm.tuning import choice, online
+
+    monkeypatch.setenv("TRITON_BNLSTM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_BNLSTM_AUTOTUNE_SECONDS", "15")
+    monkeypatch.setattr(online, "_done", set())
+    choice.forget()
+    yield
+    choice.forget()
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward", "inference", "moments", "save"])
+def test_layouts_are_measured_and_right(kernel, empty_cache):
+    """The default and those beside it: none fails at its launch, which the compiler could have told before."""
+    from triton_bnlstm.tuning import Work
+    from triton_bnlstm.tuning.device import provenance_of
+    from triton_bnlstm.tuning.measure import bench_of
+    from triton_bnlstm.tuning.tuner import tune
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    dtype = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    work = Work(kernel, 512, 64, 1, dtype, columns=512 if kernel == "moments" else 0)
+    found = tune(work, bench_of(work, device), by=provenance_of(device), case={}, seconds=25, rounds=5)
+    told = {each.failed for each in found.candidates if each.failed}
+    assert found.gain is not None, told
+    assert found.gain > 0.9
+    assert not [why for why in told if "off by" in why], told  # nothing computes something wrong
+    assert not [why for why in told if "launch" in why.lower()], told
+
+
+def test_a_layer_is_tuned_before_its_call(empty_cache):
+    """Once; not while a graph is captured; and what is found is what runs, with the same results."""
+    from triton_bnlstm.tuning import choice, online
+
+    layer = real_layer(64, 256, autotune="on_miss")
+    x = torch.randn(20, 32, 64, device="cuda")
+    expected = [tensor.detach().clone() for tensor in run(copy.deepcopy(layer), x)]
+    device = torch.device("cuda", torch.cuda.current_device())
+    tuned = [(mode, work) for mode, _, work in online._done]
+    assert {work.kernel for _, work in tuned} == {"forward", "backward", "moments"}
+    for _, work in tuned:
+        assert choice.choose(device_of(device), work).measured
+    before = len(tuned)
+    found = run(layer, x)
+    assert len(online._done) == before
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    other = real_layer(64, 128, autotune="off")
+    for _ in range(3):
+        other(x)
+    other.autotune = "on_miss"
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        other(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert len(online._done) == before

@@ -62,7 +62,7 @@ def items() -> list[Item]:
     first, rest = CASES[:5], CASES[5:]
     found = [Item("ceilings", estimate_s=15.0)]
     found += [bench(case) for case in first]
-    found += [Item("tune", case, 45.0, {"seconds": 40.0}) for case in HOT]
+    found += [Item("tune", case, 65.0, {"seconds": 60.0}) for case in HOT]
     found += [Item("stages", case, 40.0) for case in HOT]
     found += [Item("profile", case, 20.0, fresh=True) for case in HOT]
     found += [bench(case) for case in rest[:9]]
