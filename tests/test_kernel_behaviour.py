@@ -22,6 +22,7 @@ import triton.language as tl
 from triton_bnlstm.kernels import launch
 from triton_bnlstm.kernels.common import tanh
 from triton_bnlstm.kernels.config import use_config
+from triton_bnlstm.kernels.run import quiet
 
 need_kernels()
 pytestmark = pytest.mark.usefixtures("bands")
@@ -153,7 +154,7 @@ def test_tanh_is_precise_near_zero_and_right_far_away():
     x = torch.cat([torch.logspace(-6, 2, 1020), torch.tensor([0.0, math.inf, -math.inf, math.nan])])
     x[1::2] *= -1
     y = torch.empty_like(x, device=DEVICE)
-    with launch._quiet():
+    with quiet():
         tanh_kernel[(1,)](x.to(DEVICE), y, N=1024)
     y, expected = y.cpu().double(), x.double().tanh()
     finite = x.isfinite() & (x != 0)

@@ -88,7 +88,7 @@ def fingerprint(*, reading: bool) -> str:
     paths = sorted(kernels.glob("*.py"))
     if reading:
         paths += [path for path in sorted(here.glob("*.py")) if path.stem not in _WITHOUT_FIGURES]
-        paths.append(here.parent / "layouts.py")
+        paths.append(kernels.parent / "tuning" / "space.py")
     for path in paths:
         found.update(path.name.encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:12]

@@ -79,9 +79,9 @@ A row's dc starts with the gradient of c_n, which passes through the steps after
 loop (`fused_backward`) dW_hh, dW_ih and dx are one product each over all rows; those not live are left out, or zeros.
 dz is written where W_hh h was, and dz_x where W_ih x was, unless the graph is kept for another backward.
 
-Files: `config` has the layouts' fields and the device's numbers, `forward_config` and `backward_config` choose from them
-where nothing was tuned (`triton_bnlstm.tuning` comes first), `rows` says which rows exist, `launch` and
-`launch_backward` go from tensors to launches, `run` makes one and turns failures into `KernelError`, `common` and
+Files: `config` has the layouts' fields and the device's numbers; `forward_config` and `backward_config` choose from
+them where nothing was tuned (`triton_bnlstm.tuning` is asked first); `rows` says which rows exist; `launch` and
+`launch_backward` go from tensors to launches; `run` makes one, and turns failures into `KernelError`; `common` and
 `gradients` have the pieces, `barrier` the grid barrier, and `forward`, `backward`, `inference` and `input_side` the
 kernels. None adds floats atomically, so the same input gives the same bits.
 """

@@ -42,7 +42,7 @@ FATAL = (
 )
 
 
-def _quiet() -> AbstractContextManager[Any]:
+def quiet() -> AbstractContextManager[Any]:
     """Rows and columns that do not exist are computed too, then thrown away: NumPy would warn of what comes of them."""
     if not interpreted():
         return nullcontext()
@@ -61,6 +61,6 @@ def run(
 ) -> None:
     """One launch, on the tensors' device and its current stream."""
     on_device = torch.cuda.device(tensors[0].device) if tensors[0].device.type == "cuda" else nullcontext()
-    with as_kernel_error(kernel), on_device, _quiet():
+    with as_kernel_error(kernel), on_device, quiet():
         # fusion said explicitly: Triton's default is about to change
         kernel[grid](*tensors, *scalars, **constants, **options, enable_fp_fusion=True)

@@ -60,6 +60,10 @@ class _Timed:
         if self.device.type != "cuda":
             self._calls[layout] = call
             return
+        with torch.cuda.device(self.device):
+            self._calls[layout] = self._captured(call)
+
+    def _captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -68,15 +72,16 @@ class _Timed:
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         try:
-            # what one graph leaves, another may write over: they are replayed one after the other, for the time alone
-            with torch.cuda.graph(graph, pool=self._pool):
+            # What one graph leaves, another may write over: they are replayed one after the other, for the time alone.
+            # Other threads, which load data, may go on allocating: this capture is no affair of theirs.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 call()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise TuningError(f"the kernels cannot be captured in a CUDA graph: {error}") from error
         self._pool = self._pool or graph.pool()
-        self._calls[layout] = graph.replay
+        return graph.replay
 
     def seconds(self, layout: Layout) -> float:
         """Of one call, behind another one that keeps the device busy while this one is enqueued."""
