@@ -85,7 +85,8 @@ def minor(version: str) -> str:
 
 def is_stale(provenance: Provenance) -> bool:
     """Whether another minor version of Triton compiled what was measured."""
-    return minor(provenance.triton) != minor(triton_version())
+    here = triton_version()
+    return here != "none" and minor(provenance.triton) != minor(here)
 
 
 @lru_cache

@@ -38,7 +38,11 @@ def cache_directory() -> Path | None:
     """Where the cache is: TRITON_BNLSTM_CACHE_DIR, else the user's cache directory; None where nobody knows one."""
     asked = os.environ.get(VARIABLE)
     if asked:
-        return Path(asked).expanduser()
+        try:
+            return Path(asked).expanduser()
+        except RuntimeError as error:  # there is no such user
+            tell_once(f"{VARIABLE}={asked} names no folder ({error}): tuned layouts last for this process only")
+            return None
     try:
         import platformdirs  # not at the top: a bare GPU machine may lack it
     except ImportError:
@@ -50,8 +54,12 @@ def cache_directory() -> Path | None:
     return Path(platformdirs.user_cache_dir("triton_bnlstm", appauthor=False))
 
 
-def read_file(path: Path) -> Raw:
+def read_file(path: Path, identity: Identity | None = None) -> Raw:
     """Entries of a file, as they are; no entries where there is no file.
+
+    Args:
+        path: the file.
+        identity: whose it has to be; None: anybody's.
 
     Raises:
         Foreign: it is not one of ours, or not whole.
@@ -69,6 +77,8 @@ def read_file(path: Path) -> Raw:
         raise Foreign(f"its format is not {FORMAT!r}")
     if held.get("schema") != SCHEMA:
         raise Foreign(f"its schema is {held.get('schema')!r}, not {SCHEMA}")
+    if identity is not None and held.get("device") != identity._asdict():
+        raise Foreign("it belongs to another device")
     entries = held.get("entries")
     if not isinstance(entries, dict) or any(not isinstance(each, dict) for each in entries.values()):
         raise Foreign("it has no entries")
@@ -176,7 +186,7 @@ class Store:
         if path is None:
             return {}
         try:
-            return read_file(path)
+            return read_file(path, self.identity)
         except Foreign as error:
             return self._set_aside(path, error)
         except OSError as error:
@@ -195,7 +205,7 @@ class Store:
     def _whole(self, path: Path) -> Raw:
         """Its entries; a file that is not one of ours is renamed, by who holds its lock."""
         try:
-            return read_file(path)
+            return read_file(path, self.identity)
         except Foreign as error:
             aside = path.with_name(f"{path.name}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
             os.replace(path, aside)
@@ -226,12 +236,21 @@ class Store:
         told = entry.as_json()
 
         def add(entries: Raw) -> Raw:
-            return {**entries, text: merged(entries[text], told) if text in entries else told}
+            known = entries.get(text)
+            try:
+                if known is not None:
+                    Entry.of_json(known)
+            except ValueError:
+                known = None  # nothing of it can be trusted
+            return {**entries, text: told if known is None else merged(known, told)}
 
         return self.change(kernel, add)
 
     def change(self, kernel: str, how: Callable[[Raw], Raw]) -> bool:
-        """Apply a change to a kernel's entries as they are on the disk now. Whether it is on the disk."""
+        """Apply a change to a kernel's entries as they are on the disk now. Whether it is on the disk.
+
+        how: from entries to entries; applied to those of this process, too, where the disk cannot be written.
+        """
         path = self.path(kernel)
         try:
             if path is None:
@@ -257,10 +276,3 @@ def _remove_abandoned(path: Path) -> None:
         with suppress(OSError):
             if time.time() - file.stat().st_mtime > _ABANDONED_SECONDS:
                 file.unlink()
-
-
-def devices_in(root: Path) -> Iterator[Identity]:
-    """Devices that a cache has files of."""
-    for file in sorted((root / f"v{SCHEMA}").glob("*/*.json")):
-        with suppress(OSError, ValueError):
-            yield Identity.of_json(json.loads(file.read_bytes()).get("device"))

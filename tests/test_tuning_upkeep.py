@@ -1,0 +1,288 @@
+"""The commands of tuning that look after a cache: verify, export, clear, doctor; times are made up."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from bench.aot.targets import TARGETS
+from tests.support import tuning_command
+from tests.support.tuning_command import (
+    A100,
+    BACKWARD,
+    BY,
+    CPU,
+    FORWARD,
+    H100,
+    MOMENTS,
+    FakeBench,
+    folder_of,
+    made,
+    no_device,
+    put,
+    run,
+    run_json,
+    ship,
+)
+from triton_bnlstm.kernels.config import Device
+from triton_bnlstm.tuning import contents, doctor, machine, shipped, space
+from triton_bnlstm.tuning.device import Identity
+from triton_bnlstm.tuning.entry import MODELLED, Entry
+from triton_bnlstm.tuning.screens import DONE, FAILED, NO_DEVICE, USAGE
+from triton_bnlstm.tuning.store import Store, locked
+from triton_bnlstm.tuning.tuner import TuningError
+from triton_bnlstm.tuning.work import Work
+
+root = pytest.fixture(autouse=True)(tuning_command.cache_without_device)
+h100 = pytest.fixture(tuning_command.device_that_is_not_there)
+
+
+# verify
+
+
+def test_verify_without_a_device_says_what_it_did_not_look_at(capsys, root):
+    put(root, made(), made(MOMENTS))
+    code, out, _ = run(capsys, "verify")
+    assert code == DONE
+    assert "2 entries, 0 problems" in out
+    assert "Not checked: without a GPU" in out
+    unknown = Device("cuda", 77, 3, 1024, 2048, 65536, 1024)
+    put(root, made(device=unknown), device=unknown)
+    code, told = run_json(capsys, "verify")
+    assert code == DONE
+    assert [each["state"] for each in told["entries"]].count("not checked") == 1
+    assert len(told["not_checked"]) == 2
+
+
+def test_verify_finds_what_cannot_be_used(capsys, root):
+    far = next(each for each in space.structures(H100, FORWARD) if getattr(each, "sequence", False))
+    too_wide = type(far)(**{**vars(far), "warps": 64})
+    put(root, made(layout=too_wide), made(BACKWARD, source="0" * 12), made(MOMENTS))
+    code, told = run_json(capsys, "verify")
+    assert code == FAILED
+    assert [each["state"] for each in told["entries"]] == ["wrong", "wrong", "ok"]
+    assert "64 warps" in told["entries"][0]["why"]
+    (folder_of(root) / "inference.json").write_text("[]")
+    code, out, _ = run(capsys, "verify")
+    assert code == FAILED
+    assert "3 problems" in out
+    assert "clear --stale" in out
+
+
+def test_verify_measures_on_a_device(capsys, root, h100, monkeypatch):
+    entry, other = made(), made(MOMENTS)
+    put(root, entry, other, made(BACKWARD, layout=space.analytic(H100, BACKWARD)))
+    put(root, made(device=A100), device=A100)
+    fast = FakeBench(FORWARD)
+    monkeypatch.setattr(fast, "sample", lambda layout: 1e-6 if layout == entry.layout else 2e-6)
+
+    def make(work: Work, device: torch.device) -> FakeBench:
+        return fast if work == FORWARD else FakeBench(work, slow=[other.layout], times=3)
+
+    h100(make)
+    code, told = run_json(capsys, "verify")
+    assert code == FAILED
+    assert [(each["state"], each["ratio"] and each["ratio"] > 1) for each in told["entries"]] == [
+        ("ok", False),
+        ("ok", None),
+        ("slow", True),
+    ]
+    assert told["entries"][0]["ratio"] == pytest.approx(0.5)
+    fast.unfit = {entry.layout: "output 0 off by 3.0e-01\n(at most 6e-02)"}
+    code, out, _ = run(capsys, "verify")
+    assert code == FAILED
+    assert "off by 3.0e-01 (at most 6e-02)" in out
+    fast.unfit = {fast.default: "too much"}
+    _, told = run_json(capsys, "verify")
+    assert told["entries"][0]["state"] == "ok"
+    h100(lambda work, device: (_ for _ in ()).throw(TuningError("there is too little memory")))
+    code, told = run_json(capsys, "verify")
+    assert {each["state"] for each in told["entries"]} == {"wrong"}
+
+
+def test_verify_begins_nothing_after_its_time(capsys, root, h100):
+    put(root, made())
+    code, told = run_json(capsys, "verify", "--seconds", "1e-9")
+    assert code == DONE
+    assert told["entries"][0]["state"] == "not checked"
+
+
+# export
+
+
+def test_export_writes_what_the_package_reads(capsys, root, tmp_path):
+    entry = made()
+    put(root, entry, made(BACKWARD, source="0" * 12), made(MOMENTS, how=MODELLED))
+    code, out, _ = run(capsys, "export")
+    assert code == DONE
+    held = shipped.parse(out)
+    assert list(held) == [Identity.of(H100)]
+    read = Entry.of_json(held[Identity.of(H100)][str(entry.key)])
+    assert (read.layout, read.gain) == (entry.layout, pytest.approx(entry.gain))
+    assert len(read.candidates) == 2
+    file = tmp_path / "sm90.json"
+    code, out, _ = run(capsys, "export", "--out", str(file), "--with-candidates")
+    assert code == DONE
+    assert "1 entry of 1 device" in out
+    text = next(iter(shipped.parse(file.read_text())[Identity.of(H100)].values()))
+    assert len(text["candidates"]) == 3
+    assert [each.name for each in tmp_path.iterdir()].count("sm90.json") == 1
+
+
+def test_export_of_several_architectures(capsys, root, tmp_path):
+    assert run(capsys, "export")[0] == FAILED
+    put(root, made())
+    put(root, made(device=A100), device=A100)
+    code, out, err = run(capsys, "export")
+    assert (code, out) == (USAGE, "")
+    assert "sm80, sm90" in err
+    code, out, _ = run(capsys, "export", "--architecture", "sm80")
+    assert list(shipped.parse(out)) == [Identity.of(A100)]
+    assert run(capsys, "export", "--architecture", "sm70")[0] == FAILED
+    assert run(capsys, "export", "--kernel", "moments")[0] == FAILED
+    code, _, err = run(capsys, "export", "--architecture", "sm80", "--out", str(tmp_path / "none" / "file"))
+    assert (code, err.count("\n")) == (FAILED, 1)
+
+
+# clear
+
+
+def test_clear_of_a_kernel_or_of_everything(capsys, root):
+    put(root, made(), made(BACKWARD))
+    put(root, made(device=A100), device=A100)
+    code, out, _ = run(capsys, "clear", "--kernel", "forward")
+    assert code == DONE
+    assert "Removed 2 entries" in out
+    assert [each.kernel for each in contents.of_cache(root).found] == ["backward"]
+    folder = folder_of(root)
+    (folder / "forward.json.corrupt-20250101-000000-1").write_text("{")
+    (folder / "moments.json").write_text("{")
+    (folder / ".backward.json.1-00.tmp").write_text("{")
+    (folder / "measuring").mkdir()
+    (folder / "measuring" / "0123.lock").touch()
+    code, out, _ = run(capsys, "clear", "--all")
+    assert code == DONE
+    assert "Removed 1 entry and 3 other files" in out
+    assert list(root.rglob("*")) == []
+    assert run(capsys, "clear", "--all")[0] == DONE
+
+
+def test_clear_leaves_what_another_process_is_at_work_on(capsys, root):
+    put(root, made())
+    measuring = folder_of(root) / "measuring"
+    measuring.mkdir()
+    with locked(measuring / "0123"):
+        assert run(capsys, "clear", "--all")[0] == DONE
+        assert [path.name for path in measuring.iterdir()] == ["0123.lock"]
+
+
+def test_clear_of_what_is_stale(capsys, root):
+    put(root, made(by=BY._replace(triton="2.0.0")), made(BACKWARD, source="0" * 12), made(MOMENTS))
+    path = folder_of(root) / "inference.json"
+    put(root, made(Work("inference", 64, 64, 1, torch.float16)))
+    path.write_text(path.read_text().replace("float16", "float12"))
+    code, out, _ = run(capsys, "clear", "--stale")
+    assert code == DONE
+    assert "Removed 3 entries" in out
+    assert [each.kernel for each in contents.of_cache(root).found] == ["moments"]
+
+
+def test_without_triton_nothing_is_stale(root, monkeypatch):
+    put(root, made())
+    monkeypatch.setattr(contents, "triton_version", lambda: "none")
+    assert [each.is_stale for each in contents.of_cache(root).found] == [False]
+
+
+def test_clear_of_this_device(capsys, root, h100, monkeypatch):
+    put(root, made())
+    put(root, made(device=A100), device=A100)
+    assert run(capsys, "clear", "--all", "--device", "this")[0] == DONE
+    assert [each.identity for each in contents.of_cache(root).found] == [Identity.of(A100)]
+    monkeypatch.setattr(machine, "find", no_device)
+    assert run(capsys, "clear", "--all", "--device", "this")[0] == NO_DEVICE
+
+
+def test_clear_tells_what_it_could_not_change(capsys, root, monkeypatch):
+    put(root, made())
+    monkeypatch.setattr(Store, "change", lambda self, kernel, how: False)
+    code, _, err = run(capsys, "clear", "--kernel", "forward")
+    assert code == FAILED
+    assert "forward.json could not be changed" in err
+
+
+# doctor
+
+
+def test_doctor_finds_nothing_wrong(capsys, root, monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: "1.0")
+    code, out, _ = run(capsys, "doctor")
+    assert (code, out.splitlines()[-1]) == (DONE, "no problems found")
+    assert not root.exists()
+    root.mkdir()
+    assert run(capsys, "doctor")[0] == DONE
+    assert list(root.iterdir()) == []
+
+
+def test_doctor_with_a_device(capsys, root, h100, monkeypatch):
+    put(root, made(), made(MOMENTS, by=BY._replace(triton="2.0.0")))
+    put(root, made(device=A100), device=A100)
+    ship(monkeypatch, made(), made(BACKWARD, how=MODELLED))
+    code, told = run_json(capsys, "doctor")
+    assert code == DONE
+    assert told["devices"][0]["identity"] == "cuda-sm90-132x227KB"
+    assert (told["cache"]["entries_here"], told["cache"]["entries_elsewhere"], told["cache"]["stale"]) == (2, 1, 1)
+    assert told["shipped"] == {"measured": 1, "modelled": 1}
+    assert told["problems"] == []
+    _, out, _ = run(capsys, "doctor")
+    assert "cuda-sm90-132x227KB" in out
+    assert "1 measured, 1 modelled" in out
+    assert "1 measured with another Triton" in out
+
+
+def test_doctor_tells_problems(capsys, root, h100, monkeypatch):
+    put(root, made())
+    (folder_of(root) / "forward.json").write_text("{")
+    monkeypatch.setenv("TRITON_BNLSTM_AUTOTUNE", "sometimes")
+    monkeypatch.setenv("TRITON_BNLSTM_AUTOTUNE_SECONDS", "soon")
+    monkeypatch.setenv("TRITON_BNLSTM_BACKEND", "magic")
+    monkeypatch.setattr(machine, "why_not_measured", lambda device, dtype: "TRITON_INTERPRET=1 is set")
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    code, out, _ = run(capsys, "doctor")
+    assert code == FAILED
+    for text in ("sometimes", "soon", "magic", "TRITON_INTERPRET", "filelock is missing", "cannot be used: it is not"):
+        assert text in out
+    assert "6 problems:" in out
+
+
+def test_doctor_on_a_cache_that_is_a_file(capsys, root):
+    root.write_text("no folder")
+    code, told = run_json(capsys, "doctor")
+    assert code == FAILED
+    assert told["cache"]["usable"] is False
+
+
+def test_doctor_looks_whether_locks_lock(tmp_path, monkeypatch):
+    assert doctor.why_unusable(tmp_path / "a" / "b") is None
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(doctor, "locked", lambda path, seconds: nullcontext())
+    assert "do not keep others out" in (doctor.why_unusable(tmp_path) or "")
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_numbers_of_devices_that_are_not_here(target):
+    assert machine.numbers_of(Identity.of(target.device)) == target.device
+
+
+def test_numbers_that_nobody_has_written_down():
+    assert machine.numbers_of(Identity("cuda", "sm77", 1, 1024)) is None
+    assert machine.numbers_of(Identity("cpu", "cpu", 1, 1024)) is None
+
+
+def test_this_machine_has_a_device_or_says_so(monkeypatch):
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        assert machine.find_any() is None
+        assert machine.find_all() == []
+        assert machine.why_not_measured(CPU, torch.float32) is not None

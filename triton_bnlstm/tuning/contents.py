@@ -1,0 +1,179 @@
+"""What a cache and the package hold, read as it is: nothing here changes a file, or sets one aside."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import shipped
+from .choice import CACHE, SHIPPED
+from .device import Identity, is_stale, triton_version
+from .entry import MEASURED, Entry
+from .screens import Failure
+from .store import SCHEMA, VARIABLE, Raw, cache_directory, read_file
+from .work import KERNELS, Key, source_hash
+
+_SLUG = re.compile(r"(?P<backend>[a-z]+)-(?P<architecture>[a-z0-9]+)-(?P<multiprocessors>\d+)x(?P<shared>\d+)KB")
+
+
+class Found(NamedTuple):
+    """One entry as it was found.
+
+    identity, kernel: whose. text: of its key. origin: "cache" or "shipped". raw: its JSON. entry: None where `problem`
+    says why it cannot be understood.
+    """
+
+    identity: Identity
+    kernel: str
+    text: str
+    origin: str
+    raw: dict[str, Any]
+    entry: Entry | None
+    problem: str
+
+    @property
+    def measured(self) -> bool:
+        """Whether somebody has measured it."""
+        return self.entry is not None and self.entry.how == MEASURED
+
+    @property
+    def of_other_code(self) -> bool:
+        """Whether its kernel has changed since: no call looks for it any more."""
+        return self.entry is not None and self.entry.key.source != source_hash(self.kernel)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether another minor version of Triton compiled what was measured; unknown, so no, without any Triton."""
+        return self.measured and triton_version() != "none" and self.entry is not None and is_stale(self.entry.by)
+
+
+@dataclass
+class Contents:
+    """Of a cache.
+
+    Attributes:
+        root: its folder; None: nobody knows one.
+        found: entries.
+        unreadable: files that are not ours or not whole, and why.
+        aside: files that were set aside as such.
+        folders: devices' folders; None where the name does not say whose.
+    """
+
+    root: Path | None
+    found: list[Found] = field(default_factory=list)
+    unreadable: list[tuple[Path, str]] = field(default_factory=list)
+    aside: list[Path] = field(default_factory=list)
+    folders: dict[Path, Identity | None] = field(default_factory=dict)
+
+
+def root_of_cache() -> Path | None:
+    """The cache's folder; None: nobody knows one.
+
+    Raises:
+        Failure: the variable names a home that nobody has.
+    """
+    try:
+        return cache_directory()
+    except RuntimeError as error:
+        raise Failure(f"{VARIABLE}: {error}") from None
+
+
+def of_cache(root: Path | None) -> Contents:
+    """Everything in a cache.
+
+    Raises:
+        Failure: it cannot be read.
+    """
+    contents = Contents(root)
+    if root is None:
+        return contents
+    try:
+        top = root / f"v{SCHEMA}"
+        for folder in sorted(top.iterdir()) if top.is_dir() else []:
+            if folder.is_dir():
+                _look_into(folder, contents)
+    except OSError as error:
+        raise Failure(f"{root} cannot be read ({error})") from None
+    return contents
+
+
+def _look_into(folder: Path, contents: Contents) -> None:
+    contents.folders[folder] = _of_slug(folder.name)
+    contents.aside += sorted(folder.glob("*.corrupt-*"))
+    for kernel in KERNELS:
+        path = folder / f"{kernel}.json"
+        try:
+            entries = read_file(path)
+            identity = Identity.of_json(json.loads(path.read_bytes())["device"])
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError) as error:
+            contents.unreadable.append((path, "it names no device" if isinstance(error, KeyError) else str(error)))
+            continue
+        if identity.slug != folder.name:
+            contents.unreadable.append((path, f"it is of another device ({identity.slug}) than its folder"))
+            continue
+        contents.folders[folder] = identity
+        contents.found += [found_of(identity, kernel, text, CACHE, raw) for text, raw in entries.items()]
+
+
+def _of_slug(name: str) -> Identity | None:
+    """Whose folder it is, for all that its name says."""
+    match = _SLUG.fullmatch(name)
+    if match is None:
+        return None
+    return Identity(match["backend"], match["architecture"], int(match["multiprocessors"]), 1024 * int(match["shared"]))
+
+
+def found_of(identity: Identity, kernel: str, text: str, origin: str, raw: dict[str, Any]) -> Found:
+    """An entry with what is wrong with it; kernel: "" where only its key says which."""
+    try:
+        entry = Entry.of_json(raw)
+    except ValueError as error:
+        return Found(identity, kernel or text.partition(" ")[0], text, origin, raw, None, str(error))
+    if str(entry.key) != text or kernel not in ("", entry.key.kernel):
+        return Found(identity, kernel or entry.key.kernel, text, origin, raw, None, "it is kept under another key")
+    return Found(identity, entry.key.kernel, text, origin, raw, entry, "")
+
+
+def shipped_texts() -> list[str]:
+    """The files that come with the package."""
+    folder = resources.files(shipped.__name__.rpartition(".")[0]) / "defaults"
+    if not folder.is_dir():
+        return []
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
+def of_package() -> list[Found]:
+    """Everything that is shipped.
+
+    Raises:
+        Failure: a file of the package is broken.
+    """
+    found = []
+    for text in shipped_texts():
+        try:
+            devices: dict[Identity, Raw] = shipped.parse(text)
+        except ValueError as error:
+            raise Failure(f"a file that comes with the package is broken: {error}") from None
+        for identity, entries in devices.items():
+            found += [found_of(identity, "", key, SHIPPED, raw) for key, raw in entries.items()]
+    return found
+
+
+def shadowed(found: list[Found]) -> set[tuple[Identity, str]]:
+    """Devices and keys whose shipped entries are not looked at, as the cache has its own."""
+    return {(each.identity, each.text) for each in found if each.origin == CACHE and each.entry is not None}
+
+
+def by_size(each: Found) -> tuple[Any, ...]:
+    """The order of a list: devices, kernels, then their sizes."""
+    kernel = KERNELS.index(each.kernel) if each.kernel in KERNELS else len(KERNELS)
+    key: Key | None = None if each.entry is None else each.entry.key
+    sizes = () if key is None else (key.dtype, key.precision, key.hidden, key.columns, key.batch, key.directions)
+    return (each.identity, kernel, key is None, sizes, each.text, each.origin)

@@ -1,0 +1,176 @@
+"""Which layers to tune for, by their sizes or by a file of weights, and what their kernels have to do."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .screens import NUMBERS, USAGE, Failure
+from .work import FLAGS, KERNELS, Work
+
+DTYPES: dict[str, tuple[torch.dtype, str]] = {
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+}
+LENGTHS = ("equal", "unequal", "device")
+# What a call runs whose layer names what it keeps; "save" is for layers that leave that to be chosen.
+USUAL_KERNELS = ("forward", "backward", "inference", "moments")
+
+# A parameter that every layer of ours has, and nobody else's.
+_LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?)gamma_hh(?P<layer>_l\d+)?$", re.DOTALL)
+_HINT = "save the weights with torch.save(model.state_dict(), FILE), and give that file"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer, as far as its kernels depend on it.
+
+    Attributes:
+        hidden, columns: H and D.
+        directions: 1 or 2.
+        numbers: one of `DTYPES`.
+        cell_norm: whether it has it.
+        name: of its parameters in a file.
+        cell: it is a `BNLSTMCell`, which runs single steps.
+    """
+
+    hidden: int
+    columns: int
+    directions: int
+    numbers: str
+    cell_norm: bool
+    name: str = ""
+    cell: bool = False
+
+
+class Wanted(NamedTuple):
+    """A batch, which of `LENGTHS` its sequences have, and which of `KERNELS`."""
+
+    batch: int
+    lengths: str
+    kernels: tuple[str, ...]
+
+
+def works_of(layer: Layer, wanted: Wanted) -> Iterator[Work]:
+    """What a layer's kernels do with such a batch, as `online.works_of` has it for a call."""
+    dtype, precision = DTYPES[layer.numbers]
+    given = {
+        "cell_norm": layer.cell_norm,
+        "narrow": layer.columns == 1,
+        "seats": wanted.lengths != "equal",
+        "fill": wanted.lengths == "device",
+    }
+    for kernel in KERNELS:
+        if kernel not in wanted.kernels:
+            continue
+        if kernel != "moments":
+            flags = tuple(name for name in FLAGS[kernel] if given[name])
+            yield Work(kernel, layer.hidden, wanted.batch, layer.directions, dtype, precision, flags)
+        elif layer.columns > 1:  # moments of one column cost nothing
+            yield Work.of_moments(layer.columns, wanted.batch, layer.directions, dtype, centre=True)
+            yield Work.of_moments(4 * layer.hidden, wanted.batch, layer.directions, dtype, centre=False)
+
+
+def without_doubles(works: Iterable[Work]) -> list[Work]:
+    """One work for each key: the largest, as layouts are kept by buckets of sizes."""
+    found: dict[Any, Work] = {}
+    for work in works:
+        known = found.get(work.key)
+        if known is None or (work.hidden, work.batch, work.columns) > (known.hidden, known.batch, known.columns):
+            found[work.key] = work
+    return list(found.values())
+
+
+def layers_of_file(path: Path) -> list[Layer]:
+    """The layers whose weights a file has, each sort once. No code of the file is run.
+
+    Raises:
+        Failure: it cannot be read, is no file of weights, or has no layer of ours.
+    """
+    found = list(dict.fromkeys(layer for state in _states(_loaded(path)) for layer in _layers(state, path)))
+    if not found:
+        raise Failure(f"{path} has no layer of triton_bnlstm (parameters gamma_hh_l0, weight_hh_l0, …); {_HINT}", USAGE)
+    sorts: dict[Layer, Layer] = {}
+    for layer in found:  # of equal layers the first names them all
+        sorts.setdefault(replace(layer, name=""), layer)
+    return list(sorts.values())
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has its own hints for archives of scripts
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise Failure(f"{path} cannot be read ({error.strerror or error})", USAGE) from None
+    except Exception as error:  # what is no torch file raises anything
+        told = str(error)
+        if "weights_only" in told or "Weights only" in told:
+            reason = "it holds objects beside tensors and plain values, which would run code and are not loaded"
+        else:
+            reason = "it is no file that torch.save has written, or not whole"
+        raise Failure(f"{path}: {reason}; {_HINT}", USAGE) from None
+
+
+def _states(held: Any) -> Iterator[Mapping[str, Any]]:
+    """Mappings with a layer of ours, at any depth."""
+    waiting, seen = [held], set()
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, Mapping):
+            if any(isinstance(name, str) and _LAYER.match(name) for name in each):
+                yield each
+            inner = list(each.values())
+        else:
+            inner = list(each) if isinstance(each, list | tuple) else []
+        waiting.extend(value for value in reversed(inner) if isinstance(value, Mapping | list | tuple))
+
+
+def _layers(state: Mapping[str, Any], path: Path) -> Iterator[Layer]:
+    for name in state:
+        match = _LAYER.match(name) if isinstance(name, str) else None
+        if match is not None:
+            yield _layer(state, match["prefix"], match["layer"] or "", path)
+
+
+def _layer(state: Mapping[str, Any], prefix: str, suffix: str, path: Path) -> Layer:
+    gamma = state[f"{prefix}gamma_hh{suffix}"]
+    weight_ih, weight_hh = (_weight(state, prefix, f"{name}{suffix}") for name in ("weight_ih", "weight_hh"))
+    name = f"{prefix}*{suffix}"
+    if weight_ih is None or weight_hh is None or not isinstance(gamma, Tensor):
+        raise Failure(f"{path}: {name}: it has gamma_hh, and not the weights of a layer; {_HINT}", USAGE)
+    if (weight_ih.dim(), weight_hh.dim(), gamma.dim()) != (2, 2, 1):
+        raise Failure(f"{path}: {name}: its weights are not those of a layer; {_HINT}", USAGE)
+    hidden = weight_hh.shape[1]
+    if hidden < 1 or not 4 * hidden == weight_hh.shape[0] == weight_ih.shape[0] == gamma.shape[0]:
+        shapes = f"{tuple(weight_ih.shape)}, {tuple(weight_hh.shape)} and {tuple(gamma.shape)}"
+        raise Failure(f"{path}: {name}: weights of {shapes} are not those of a layer; {_HINT}", USAGE)
+    numbers = NUMBERS.get(str(weight_hh.dtype).removeprefix("torch."), str(weight_hh.dtype).removeprefix("torch."))
+    directions = 2 if f"{prefix}gamma_hh{suffix}_reverse" in state else 1
+    cell_norm = f"{prefix}gamma_c{suffix}" in state
+    return Layer(hidden, weight_ih.shape[1], directions, numbers, cell_norm, name, cell=not suffix)
+
+
+def _weight(state: Mapping[str, Any], prefix: str, name: str) -> Tensor | None:
+    """A weight, or what stands in its place where it is parametrised."""
+    names = (f"{prefix}{name}", *(f"{prefix}parametrizations.{name}.{part}" for part in ("original", "original1")))
+    return next((state[each] for each in (*names, f"{prefix}{name}_v") if isinstance(state.get(each), Tensor)), None)
+
+
+def layer_words(layer: Layer) -> str:
+    """A layer in one line."""
+    kind = "cell" if layer.cell else "layer"
+    norm = ", cell_norm" if layer.cell_norm else ""
+    return f"{kind} {layer.name}: D={layer.columns}, H={layer.hidden}, x{layer.directions}, {layer.numbers}{norm}"

@@ -1,0 +1,241 @@
+"""What the command line writes: text, tables, progress; and how it ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+
+from .device import Identity, minor, triton_version
+from .entry import MEASURED, Entry
+from .tuner import Tell, nobody
+from .work import Key, in_words
+
+DONE, FAILED, USAGE, NO_DEVICE, INTERRUPTED = 0, 1, 2, 3, 130
+PROGRAM = "triton_bnlstm.tuning"
+NUMBERS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+# Where nobody says how wide the screen is: a file, a pipe.
+_WIDTH = 120
+
+
+class Failure(Exception):
+    """Ends a command.
+
+    Args:
+        message: one line.
+        code: the exit code.
+    """
+
+    def __init__(self, message: str, code: int = FAILED) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def complain(message: str) -> None:
+    """One line on stderr."""
+    print(f"{PROGRAM}: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks, as errors of compilers have them."""
+    return " ".join(text.split())
+
+
+def write_json(document: dict[str, Any]) -> None:
+    """The one document of `--json`."""
+    print(json.dumps(document, indent=1))
+
+
+def count(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: "1 entry", "2 entries"."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def key_cells(key: Key) -> list[str]:
+    """What a key says, for a table: kernel, numbers, size, batch, directions, flags."""
+    numbers = "tf32" if key.precision == "tf32" else NUMBERS.get(key.dtype, key.dtype)
+    size = f"D{key.columns}" if key.kernel == "moments" else f"H{key.hidden}"
+    return [key.kernel, numbers, size, f"B{key.batch}", f"x{key.directions}", " ".join(key.flags)]
+
+
+def key_words(key: Key) -> str:
+    """The same in one line: "forward bf16 H512 B64 x1 cell_norm"."""
+    return " ".join(each for each in key_cells(key) if each)
+
+
+def microseconds(value: float | None) -> str:
+    """A time with three or four digits."""
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def time_of(entry: Entry) -> float | None:
+    """Microseconds of an entry's layout."""
+    found = entry.candidate(entry.layout)
+    return None if found is None else found.microseconds
+
+
+def gain_of(entry: Entry) -> str:
+    """How much faster than the default its layout is, in words for a table."""
+    if entry.how != MEASURED or time_of(entry) is None:
+        return "not measured"
+    if entry.layout == entry.default:
+        return "default"
+    return "-" if entry.gain is None else f"{entry.gain:.2f} x"
+
+
+def date(at: float) -> str:
+    """The day of a time in seconds since 1970, in UTC."""
+    try:
+        return datetime.fromtimestamp(at, timezone.utc).date().isoformat()
+    except (ValueError, OverflowError, OSError):
+        return "unknown date"
+
+
+def source_of(entry: Entry) -> str:
+    """Who measured an entry, when and with what."""
+    if entry.how != MEASURED:
+        return entry.how
+    by = entry.by
+    return f"measured on {by.name}, {date(entry.at)}, torch {by.torch}, Triton {by.triton}"
+
+
+def candidate_lines(entry: Entry) -> list[str]:
+    """All layouts that were tried, the fastest first, those that failed with their reasons last."""
+    lines = []
+    for each in sorted(entry.candidates, key=lambda each: each.microseconds or float("inf")):
+        part = "default: " if each.layout == entry.default else ""
+        if each.microseconds is None:
+            lines.append(f"{'failed':>8}     {part}{in_words(each.layout)}: {one_line(each.failed)}")
+        else:
+            lines.append(f"{microseconds(each.microseconds):>8} µs  {part}{in_words(each.layout)}")
+    return lines
+
+
+def result_line(entry: Entry, *, anew: bool) -> str:
+    """What tuning has found for one key. anew: now; else it was known, and nothing was left to try."""
+    unit = "a call" if entry.key.kernel == "moments" else "a step"
+    if entry.layout == entry.default:
+        gain = "the default is the fastest"
+    else:
+        gain = "not compared with the default" if entry.gain is None else f"{entry.gain:.2f} x the default's speed"
+    failed = sum(bool(each.failed) for each in entry.candidates)
+    layouts = f"{count(len(entry.candidates), 'layout')} tried, {failed} failed"
+    if not anew:
+        layouts += "; nothing new to try"
+    time = f"{microseconds(time_of(entry))} µs {unit}"
+    return f"{key_words(entry.key)}: {in_words(entry.layout)}: {time}, {gain} ({layouts})"
+
+
+def stale_words(entry: Entry) -> str:
+    """The mark of an entry that another Triton's code was measured for."""
+    return f"stale: Triton {minor(entry.by.triton)} then, {minor(triton_version())} now"
+
+
+def device_heading(identity: Identity, names: set[str]) -> str:
+    """A device, with the names it has been measured under."""
+    known = ", ".join(sorted(names))
+    return f"{identity}" + (f" ({known})" if known else "")
+
+
+class Row(NamedTuple):
+    """One entry in a table.
+
+    what: cells that say what it is. figures: cells with numbers. details: lines that belong to it. marks: lines that
+    warn.
+    """
+
+    what: list[str]
+    figures: list[str]
+    details: list[str]
+    marks: list[str]
+
+
+def print_table(what: list[str], figures: list[str], rows: list[Row]) -> None:
+    """A table: by rich on a terminal, where that is installed; else aligned columns with the details below each row.
+
+    what, figures: headings of the two kinds of cells.
+    """
+    if sys.stdout.isatty():
+        try:
+            _rich_table(figures, rows)
+        except ImportError:
+            pass
+        else:
+            return
+    width = shutil.get_terminal_size((_WIDTH, 24)).columns
+    lines = [[*row.what, *row.figures] for row in rows]
+    widths = [max(len(line[k]) for line in [[*what, *figures], *lines]) for k in range(len(what) + len(figures))]
+
+    def aligned(cells: list[str]) -> str:
+        parts = [
+            cell.ljust(wide) if k < len(what) else cell.rjust(wide)
+            for k, (cell, wide) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return ("  " + "  ".join(parts)).rstrip()
+
+    print(aligned([*what, *figures]))
+    for line, row in zip(lines, rows, strict=True):
+        print(aligned(line))
+        for text in row.details + [f"! {mark}" for mark in row.marks]:
+            print(textwrap.fill(text, max(40, width), initial_indent="      ", subsequent_indent="        "))
+
+
+def _rich_table(figures: list[str], rows: list[Row]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
+    table.add_column("kernel and sizes", min_width=20, max_width=34)
+    for name in figures:
+        table.add_column(name, justify="right", max_width=8)
+    table.add_column("layout, and where it comes from")
+    for row in rows:
+        details = Text("\n").join(
+            [*(Text(text, "" if k == 0 else "dim") for k, text in enumerate(row.details))]
+            + [Text(f"! {mark}", "yellow") for mark in row.marks]
+        )
+        table.add_row(Text(" ".join(each for each in row.what if each)), *map(Text, row.figures), details)
+    Console().print(table)
+
+
+@contextmanager
+def progress(title: str, seconds: float) -> Iterator[Tell]:
+    """Shows on stderr what is being done: a bar of the time that is allowed on a terminal with rich, else one line."""
+    if sys.stderr.isatty():
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        except ImportError:
+            pass
+        else:
+            columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(20))
+            # stdout may be a file while stderr is a terminal: what is printed must not be taken to the bar's console
+            bar = Progress(
+                *columns,
+                TimeElapsedColumn(),
+                TextColumn(f"of at most {seconds:g} s", markup=False),
+                console=Console(stderr=True),
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            with bar:
+                task = bar.add_task(title, total=seconds)
+
+                def tell(message: str) -> None:
+                    elapsed = bar.tasks[0].elapsed or 0.0
+                    bar.update(task, description=f"{title}: {message}", completed=min(elapsed, seconds))
+
+                yield tell
+            return
+    print(f"{title}: at most {seconds:g} s", file=sys.stderr, flush=True)
+    yield nobody

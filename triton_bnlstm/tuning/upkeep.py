@@ -1,0 +1,254 @@
+"""The commands that look after a cache: show, export, clear."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from . import contents, machine, screens, shipped
+from .choice import SHIPPED
+from .contents import Contents, Found
+from .device import Identity
+from .entry import Entry
+from .screens import DONE, FAILED, USAGE, Failure, Row
+from .store import VARIABLE, Raw, Store, locked, read_file, replace_text
+from .work import KERNELS, in_words
+
+_WHAT = ["kernel", "numbers", "size", "batch", "dirs", "flags"]
+_FIGURES = ["µs", "gain"]
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """`show`: what is known."""
+    here = machine.find() if arguments.device == "this" else machine.find_any()
+    cache = contents.of_cache(contents.root_of_cache())
+    found = list(cache.found)
+    if arguments.shipped or here is not None:
+        wanted = None if arguments.shipped or here is None else here.identity
+        found += [each for each in contents.of_package() if wanted in (None, each.identity)]
+    if arguments.device == "this" and here is not None:
+        found = [each for each in found if each.identity == here.identity]
+    hidden = contents.shadowed(found)
+    if arguments.kernel is not None:
+        found = [each for each in found if each.kernel == arguments.kernel]
+    found.sort(key=contents.by_size)
+    if arguments.json:
+        screens.write_json(
+            {
+                "cache": None if cache.root is None else str(cache.root),
+                "entries": [_as_json(each, hidden, arguments.candidates) for each in found],
+                "unreadable": [{"file": str(path), "why": why} for path, why in cache.unreadable],
+                "set_aside": [str(path) for path in cache.aside],
+            }
+        )
+        return DONE
+    for identity, group in groupby(found, key=lambda each: each.identity):
+        _print_device(identity, list(group), hidden, candidates=arguments.candidates)
+    _print_rest(cache, found)
+    return DONE
+
+
+def _marks(each: Found, hidden: set[tuple[Identity, str]]) -> list[str]:
+    if each.entry is None:
+        return [f"not used: {each.problem}"]
+    marks = []
+    if each.of_other_code:
+        marks.append("not used: measured for another version of the kernel's code")
+    if each.is_stale:
+        marks.append(f"{screens.stale_words(each.entry)}; still used, and `tune` measures it again")
+    if each.origin == SHIPPED and (each.identity, each.text) in hidden:
+        marks.append("not used: your cache has its own")
+    return marks
+
+
+def _origin(each: Found, entry: Entry) -> str:
+    return f"{'shipped' if each.origin == SHIPPED else 'your cache'}: {screens.source_of(entry)}"
+
+
+def _print_device(
+    identity: Identity, group: list[Found], hidden: set[tuple[Identity, str]], *, candidates: bool
+) -> None:
+    rows = []
+    for each in group:
+        entry = each.entry
+        if entry is None:
+            blank = [""] * (len(_WHAT) - 1)
+            rows.append(Row([each.kernel, *blank], ["-", "-"], [each.text], _marks(each, hidden)))
+            continue
+        details = [in_words(entry.layout), _origin(each, entry)]
+        if candidates:
+            details += screens.candidate_lines(entry)
+        figures = [screens.microseconds(screens.time_of(entry)), screens.gain_of(entry)]
+        rows.append(Row(screens.key_cells(entry.key), figures, details, _marks(each, hidden)))
+    names = {each.entry.by.name for each in group if each.entry is not None and each.measured}
+    print(screens.device_heading(identity, names))
+    screens.print_table(_WHAT, _FIGURES, rows)
+    print()
+
+
+def _print_rest(cache: Contents, found: list[Found]) -> None:
+    if found:
+        print(
+            "µs of a step, for moments of a call; gain: the default's time over this one's.\n"
+            "Sizes are the largest of their bucket: B64 is used for batches of 33 to 64."
+        )
+    if cache.root is None:
+        print(f"There is no cache: install platformdirs, or name a folder in {VARIABLE}.")
+        return
+    print(f"Cache: {cache.root}")
+    if not found:
+        print(
+            "No tuned layouts to show. To measure some, on the machine with the GPU:\n"
+            "  python -m triton_bnlstm.tuning tune --hidden 512 --batch 64 --dtype bf16"
+        )
+    for path, why in cache.unreadable:
+        print(f"  cannot be used: {path.relative_to(cache.root)}: {why}")
+    for path in cache.aside:
+        print(f"  set aside as unreadable: {path.relative_to(cache.root)}")
+
+
+def _as_json(each: Found, hidden: set[tuple[Identity, str]], candidates: bool) -> dict[str, Any]:
+    entry = each.entry
+    told: dict[str, Any] = {
+        "device": each.identity._asdict(),
+        "kernel": each.kernel,
+        "key": each.text,
+        "origin": each.origin,
+        "shadowed": each.origin == SHIPPED and (each.identity, each.text) in hidden,
+        "problem": each.problem or None,
+    }
+    if entry is None:
+        return told
+    told |= {
+        "us": screens.time_of(entry),
+        "gain": entry.gain,
+        "stale": each.is_stale,
+        "other_code": each.of_other_code,
+        "layout_in_words": in_words(entry.layout),
+    }
+    details = entry.as_json()
+    if not candidates:
+        del details["candidates"]
+    return told | {"entry": details}
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """`export`: what the package ships, made from a cache."""
+    cache = contents.of_cache(contents.root_of_cache())
+    found = [each for each in cache.found if arguments.kernel in (None, each.kernel)]
+    good = [each for each in found if each.measured and not each.of_other_code]
+    if arguments.architecture is not None:
+        good = [each for each in good if each.identity.architecture == arguments.architecture]
+    if not good:
+        raise Failure(
+            "nothing to export: the cache has no measured layouts"
+            + (f" of {arguments.kernel}" if arguments.kernel else "")
+            + (f" for {arguments.architecture}" if arguments.architecture else "")
+            + " for this version of the kernels"
+        )
+    known = sorted({each.identity.architecture for each in good})
+    if len(known) > 1:
+        raise Failure(f"the cache has layouts for {', '.join(known)}: choose with --architecture", USAGE)
+    devices: dict[Identity, Raw] = {}
+    for each in good:
+        assert each.entry is not None
+        entry = each.entry if arguments.with_candidates else _without_candidates(each.entry)
+        devices.setdefault(each.identity, {})[each.text] = entry.as_json()
+    text = shipped.text_of(devices)
+    if arguments.out is None:
+        sys.stdout.write(text)
+        return DONE
+    try:
+        replace_text(arguments.out, text)
+    except OSError as error:
+        raise Failure(f"{arguments.out} cannot be written ({error.strerror or error})") from None
+    entries, devices_there = screens.count(len(good), "entry", "entries"), screens.count(len(devices), "device")
+    stale = sum(each.is_stale for each in good)
+    more = f", {stale} of them measured with another Triton" if stale else ""
+    print(f"{arguments.out}: {entries} of {devices_there}{more}")
+    return DONE
+
+
+def _without_candidates(entry: Entry) -> Entry:
+    """But for those that say what is gained: the layout and the default."""
+    kept = tuple(each for each in entry.candidates if each.layout in (entry.layout, entry.default))
+    return replace(entry, candidates=kept)
+
+
+def clear(arguments: argparse.Namespace) -> int:
+    """`clear`: remove entries, and with --all whatever else is in the devices' folders."""
+    here = machine.find() if arguments.device == "this" else None
+    root = contents.root_of_cache()
+    cache = contents.of_cache(root)
+    removed, files, failed = 0, 0, []
+    for folder, identity in cache.folders.items():
+        if identity is None or (here is not None and identity.slug != here.identity.slug):
+            continue
+        store = Store(identity, root)
+        for kernel in KERNELS if arguments.kernel is None else [arguments.kernel]:
+            if not (folder / f"{kernel}.json").exists():
+                continue
+            gone: list[int] = []
+            if store.change(kernel, lambda entries, kernel=kernel, gone=gone: _kept(entries, kernel, arguments, gone)):  # type: ignore[misc]
+                removed += sum(gone)
+            else:
+                failed.append(str(folder / f"{kernel}.json"))
+        if arguments.all:
+            files += _sweep(folder)
+    for path in failed:
+        screens.complain(f"{path} could not be changed")
+    more = f" and {screens.count(files, 'other file')}" if files else ""
+    print(f"Removed {screens.count(removed, 'entry', 'entries')}{more} from {root or 'no cache: there is none'}")
+    return FAILED if failed else DONE
+
+
+def _kept(entries: Raw, kernel: str, arguments: argparse.Namespace, gone: list[int]) -> Raw:
+    """What stays. gone: takes how many do not."""
+    kept = {}
+    if arguments.stale:
+        identity = Identity("", "", 0, 0)
+        looked_at = {text: contents.found_of(identity, kernel, text, "", raw) for text, raw in entries.items()}
+        bad = {text for text, each in looked_at.items() if each.problem or each.of_other_code or each.is_stale}
+        kept = {text: raw for text, raw in entries.items() if text not in bad}
+    gone.append(len(entries) - len(kept))
+    return kept
+
+
+def _sweep(folder: Path) -> int:
+    """Remove set-aside, temporary, lock and empty files of a device that no other process is at work on. How many.
+
+    Set-aside and temporary files are counted: locks and empty files come and go by themselves.
+    """
+    counted = 0
+    for path in folder.glob("*.corrupt-*"):
+        with suppress(OSError):
+            path.unlink()
+            counted += 1
+    for kernel in KERNELS:
+        path = folder / f"{kernel}.json"
+        with suppress(OSError, ValueError), locked(path, 0):
+            for abandoned in folder.glob(f".{path.name}.*.tmp"):  # whoever writes holds the lock
+                abandoned.unlink()
+                counted += 1
+            if not read_file(path):
+                path.unlink(missing_ok=True)
+            _remove(path.with_name(f"{path.name}.lock"))
+    measuring = folder / "measuring"
+    for lock in measuring.glob("*.lock"):
+        with suppress(OSError), locked(lock.with_suffix(""), 0):
+            _remove(lock)
+    for empty in (measuring, folder, folder.parent):
+        with suppress(OSError):
+            empty.rmdir()
+    return counted
+
+
+def _remove(lock: Path) -> None:
+    """A lock's file, by who holds it. Where the system forbids that, it stays: it holds nothing."""
+    with suppress(OSError):
+        lock.unlink()
