@@ -1,6 +1,6 @@
 """Tuning as users get it, with a record of everything that was tried: does a layout run faster here than the default?
 
-Nothing goes into the user's cache. The record holds whole entries, which `python -m bench.defaults --measured` makes
+Nothing goes into the user's cache. The record holds whole entries, which `python -m bench.adopt` makes
 part of what is shipped.
 """
 

@@ -197,7 +197,7 @@ def test_the_model_orders_as_the_analytic_choice_does():
         ({"units": 4, "sequence": True, "warps": 32}, "have to run at the same time"),
         ({"units": 64, "batch_tile": 128}, "does not fit into registers"),
         ({"warps": 64}, "more than a program can have"),
-        ({"units": 32, "resident": True, "inner": 64}, None),
+        ({"units": 32, "resident": True, "inner": 64}, "from one launch to the next"),
     ],
 )
 def test_why_a_layout_cannot_run(change, why):

@@ -31,6 +31,8 @@ class Request:
         layout: fields of a `Config` to compile everything in; None for what each device has by default.
         near: compile the layouts beside each default instead of it, see `candidates`.
         skip: names of kernels that need not be compiled, as `naming.name` has them.
+        trials: instead of all of these, cases with layouts of their own: fields of `Trial`. A trial's layouts are
+            compiled in their order until one is without problems; results tell "trial" and "layout", both indices.
     """
 
     target: str
@@ -42,6 +44,31 @@ class Request:
     layout: dict[str, Any] | None = None
     near: bool = False
     skip: list[tuple[str, ...]] = field(default_factory=list)
+    trials: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of_trials(cls, target: str, trials: Iterable[Trial]) -> Request:
+        """These and nothing else."""
+        return cls(target, [], [], [], [], [], trials=[asdict(each) for each in trials])
+
+
+@dataclass
+class Trial:
+    """One case, and the layouts that it may have.
+
+    Attributes:
+        numbers: a name in `NUMBERS`.
+        variant: one of `cases.VARIANTS` that has layouts: forward, backward or inference.
+        batch, hidden, directions: B, H, and 1 or 2.
+        layouts: fields of a `Config` each, of a `BackwardConfig` for the backward, the preferred one first.
+    """
+
+    numbers: str
+    variant: str
+    batch: int
+    hidden: int
+    directions: int
+    layouts: list[dict[str, Any]]
 
 
 def problems(result: dict[str, Any]) -> list[str]:

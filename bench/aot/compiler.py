@@ -32,7 +32,7 @@ from triton_bnlstm.kernels.config import BackwardConfig, Config, use_config
 from . import machine, meeting
 from .candidates import candidates
 from .cases import Case, Launch, cases, launches
-from .checks import Request
+from .checks import Request, Trial, problems
 from .naming import name
 from .targets import NUMBERS, TARGETS, Target
 
@@ -199,6 +199,8 @@ def run(request: Request) -> None:
         what = {"target": target.name, "numbers": ",".join(request.numbers)}
         print(json.dumps({**what, "skipped": f"Triton {triton.__version__}: {reason}"}), flush=True)
         return
+    for k, fields in enumerate(request.trials):
+        _try(target, k, Trial(**fields))
     skip = {tuple(each) for each in request.skip}
     seen = set()
     layout = nullcontext() if request.layout is None else use_config(Config(**request.layout))
@@ -218,9 +220,27 @@ def run(request: Request) -> None:
                         _report(launch, target, numbers)
 
 
-def _launches(target: Target, numbers: str, case: Case) -> Iterator[Launch]:
-    """What a case launches; launching code that fails is reported as a kernel would be, and the next case goes on."""
-    what = {"target": target.name, "numbers": numbers, "kernel": case.variant}
+def _try(target: Target, number: int, trial: Trial) -> None:
+    """Compile a trial's layouts, one after the other, until one is without problems."""
+    case = Case(trial.variant, trial.batch, trial.hidden, trial.directions)
+    kind = BackwardConfig if trial.variant.startswith("backward/") else Config
+    for k, fields in enumerate(trial.layouts):
+        layout, of = kind(**fields), {"trial": number, "layout": k}
+        with use_config(backward=layout) if isinstance(layout, BackwardConfig) else use_config(layout):
+            found = [launch for launch in _launches(target, trial.numbers, case, of) if "U" in launch.constants]
+        # steps launch the same again
+        different = {repr((_specialised(launch, target), launch.options)): launch for launch in found}
+        told = [_report(launch, target, trial.numbers, of) for launch in different.values()]
+        if told and not any(problems(result) for result in told):
+            return
+
+
+def _launches(target: Target, numbers: str, case: Case, of: dict[str, int] | None = None) -> Iterator[Launch]:
+    """What a case launches; launching code that fails is reported as a kernel would be, and the next case goes on.
+
+    of: what a report says beside.
+    """
+    what = {"target": target.name, "numbers": numbers, "kernel": case.variant, **(of or {})}
     print(json.dumps({"begin": what}), flush=True)
     try:
         yield from list(launches(target.device, NUMBERS[numbers], case))
@@ -240,8 +260,9 @@ def _near(target: Target, numbers: str, case: Case) -> Iterator[Launch]:
         yield from (launch for launch in found if "U" in launch.constants)
 
 
-def _report(launch: Launch, target: Target, numbers: str) -> None:
-    what = description(launch, target, numbers)
+def _report(launch: Launch, target: Target, numbers: str, of: dict[str, int] | None = None) -> dict[str, Any]:
+    """Compile a kernel and print what came of it, which is returned, too. of: what is said beside."""
+    what = {**description(launch, target, numbers), **(of or {})}
     print(json.dumps({"begin": what}), flush=True)
     began = time.perf_counter()
     try:
@@ -254,7 +275,9 @@ def _report(launch: Launch, target: Target, numbers: str) -> None:
         while deepest.__cause__ is not None:  # Triton's outermost error shows a call, the innermost one the reason
             deepest = deepest.__cause__
         result = {"error": f"{type(deepest).__name__}: {deepest}"}
-    print(json.dumps({**what, **result}), flush=True)
+    told = {**what, **result}
+    print(json.dumps(told), flush=True)
+    return told
 
 
 if __name__ == "__main__":

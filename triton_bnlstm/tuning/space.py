@@ -84,6 +84,13 @@ def why_not(device: Device, work: Work, layout: Layout) -> str | None:
             return "nothing stays on chip without a matrix unit"
         if layout.inner > 16 or layout.product_rows > 64:
             return "a product of that size needs a matrix unit"
+    if layout.resident and not layout.sequence and device.backend != "cpu":
+        return "nothing stays on chip from one launch to the next"
+    if isinstance(layout, BackwardConfig) and layout.divided:
+        if layout.product_rows < 16:
+            return "a product has 16 rows or more"
+        if layout.groups > 1 and 16 * layout.groups > max(power_of_two(work.batch), 16):
+            return f"{layout.groups} parts of the rows, where {work.batch} rows are less than 16 for each"
     if layout.sequence:
         if device.backend == "hip":
             return "sequence mode is written for CUDA devices"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tokenize
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -82,7 +83,7 @@ def _code(text: str) -> list[str]:
     """Tokens of a Python file but for comments, empty lines and strings that are statements."""
     found: list[str] = []
     begins, skipped = True, False  # a statement begins here; the last one was a string
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+    for token in _tokens(text):
         if token.type in (tokenize.COMMENT, tokenize.NL):
             continue
         if (begins and token.type == tokenize.STRING) or (skipped and token.type == tokenize.NEWLINE):
@@ -92,6 +93,25 @@ def _code(text: str) -> list[str]:
         begins = indents or token.type == tokenize.NEWLINE
         found.append(f"{token.type}" if indents else token.string)
     return found
+
+
+def _tokens(text: str) -> Iterator[tokenize.TokenInfo]:
+    """Of a Python file; an f-string is one of them, as it was before Python 3.12, so that all versions hash alike."""
+    begin, end = getattr(tokenize, "FSTRING_START", None), getattr(tokenize, "FSTRING_END", None)
+    lines = text.splitlines(keepends=True)
+    open_strings: list[tuple[int, int]] = []  # where they begin
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if begin is not None and token.type == begin:
+            open_strings.append(token.start)
+        elif end is not None and token.type == end:
+            start = open_strings.pop()
+            if not open_strings:
+                part = lines[start[0] - 1 : token.end[0]]
+                part[-1] = part[-1][: token.end[1]]
+                part[0] = part[0][start[1] :]
+                yield tokenize.TokenInfo(tokenize.STRING, "".join(part), start, token.end, token.line)
+        elif not open_strings:
+            yield token
 
 
 class Key(NamedTuple):
