@@ -360,7 +360,12 @@ def test_tuning_refuses_what_is_wrong_and_tells_what_it_tried(monkeypatch):
     case = Case(5, 8, 3, 4, "float32")
     told: list[str] = []
     found = tune(
-        case, CPU, rounds=1, most=2, skip={"backward, units 16": "it crashed"}, tell=lambda name, _: told.append(name)
+        *(case, CPU),
+        rounds=1,
+        seconds=600,  # a time cap would make it depend on the machine
+        most=2,
+        skip={"backward, units 16": "it crashed"},
+        tell=lambda name, _: told.append(name),
     )
     assert [record["way"] for record in found] == ["forward", "backward", "inference"]
     assert "off by" in found[0]["failed"]["units 16"]

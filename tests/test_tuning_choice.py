@@ -228,6 +228,29 @@ def test_a_tuned_layout_that_cannot_run_here_is_replaced_by_the_default(layer, m
     assert "2 programs of forward_kernel have to run at the same time" in rejected[0][1]
 
 
+def test_moments_in_a_layout_that_cannot_run(layer, monkeypatch):
+    """The input side falls back as the others do, and not to the reference path."""
+    from triton_bnlstm.kernels import launch
+
+    rejected, run = [], launch._run
+
+    def failing(kernel, grid, tensors, scalars, constants, options):
+        if options["num_warps"] == 2:
+            raise KernelError("moments_kernel: out of resources")
+        run(kernel, grid, tensors, scalars, constants, options)
+
+    monkeypatch.setattr(choice, "reject", lambda device, work, reason: rejected.append((work.kernel, reason)))
+    x = torch.randn(3, 4, 2)
+    expected = layer(x)[0]
+    layer.reset_statistics()
+    monkeypatch.setattr(launch, "_run", failing)
+    layer.layouts["moments"] = MomentsConfig(16, 16, 2)
+    assert torch.equal(layer(x)[0], expected)
+    assert set(rejected) == {("moments", "moments_kernel: out of resources")}
+    with use_config(moments=MomentsConfig(16, 16, 2)), pytest.raises(KernelError, match="out of resources"):
+        layer(x)
+
+
 # Who says whether to measure
 
 

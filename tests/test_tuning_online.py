@@ -246,6 +246,27 @@ def test_works_of_a_layers_call(monkeypatch, options, lengths, expected):
     assert asked == []  # one step
 
 
+def test_what_has_an_explicit_layout_is_not_measured(monkeypatch):
+    from types import SimpleNamespace
+
+    from triton_bnlstm.kernels.config import use_config
+    from triton_bnlstm.tuning import space
+
+    measured = []
+    monkeypatch.setattr(online, "ensure_works", lambda works, *_: measured.append([work.kernel for work in works]))
+    monkeypatch.setattr(online, "works_of", lambda *_, **__: [replace(WORK, kernel=k) for k in ("forward", "backward")])
+    monkeypatch.setattr(online, "device_of", lambda device: H100)
+    weight = SimpleNamespace(device=torch.device("cuda", 0))
+    calls = [SimpleNamespace(parameters=SimpleNamespace(weight_hh=weight))]
+    online.ensure(calls, "ieee", "on_miss", gradients=True)
+    with use_config(entry().layout):
+        online.ensure(calls, "ieee", "on_miss", gradients=True)
+    with use_config(backward=space.analytic(H100, replace(WORK, kernel="backward"))):
+        online.ensure(calls, "ieee", "on_miss", gradients=True)
+    online.ensure(calls, "ieee", "off", gradients=True)
+    assert measured == [["forward", "backward"], ["backward"], ["forward"]]
+
+
 def test_what_is_saved_is_what_was_found_faster(monkeypatch):
     """save="auto": "preactivations" where nobody has measured."""
     pytest.importorskip("triton")

@@ -73,20 +73,33 @@ def moments(
     if found is None:
         found = empty(2, directions, rows.steps, columns, dtype=torch.float32, device=x.device)
     part = block or Block.whole(rows)
-    config = explicit_moments_config()
-    if config is None:
-        work = Work.of_moments(columns, rows.batch, directions, x.dtype, centre=centred is not None)
-        tuned = choice.tuned(device_of(x.device), work)
-        config = tuned if isinstance(tuned, MomentsConfig) else default_moments_config(columns)
-    grid = (part.last - part.first, triton.cdiv(columns, config.columns), directions)
-    _run(
-        moments_kernel,
-        grid,
-        (x, found, x if centred is None else centred, rows.first, rows.count),
-        (columns, rows.steps, rows.rows, rows.batch, part.first, part.rows, part.first_row),
-        {"CENTRE": centred is not None, "BEFORE": before, "BR": config.rows, "BC": config.columns},
-        {"num_warps": config.warps},
-    )
+
+    def run_in(config: MomentsConfig) -> None:
+        grid = (part.last - part.first, triton.cdiv(columns, config.columns), directions)
+        _run(
+            moments_kernel,
+            grid,
+            (x, found, x if centred is None else centred, rows.first, rows.count),
+            (columns, rows.steps, rows.rows, rows.batch, part.first, part.rows, part.first_row),
+            {"CENTRE": centred is not None, "BEFORE": before, "BR": config.rows, "BC": config.columns},
+            {"num_warps": config.warps},
+        )
+
+    explicit = explicit_moments_config()
+    if explicit is not None:
+        run_in(explicit)
+        return found
+    device = device_of(x.device)
+    work = Work.of_moments(columns, rows.batch, directions, x.dtype, centre=centred is not None)
+    tuned = choice.tuned(device, work)
+    if isinstance(tuned, MomentsConfig):
+        try:
+            run_in(tuned)
+        except KernelError as error:
+            choice.reject(device, work, str(error))
+        else:
+            return found
+    run_in(default_moments_config(columns))
     return found
 
 
@@ -257,10 +270,10 @@ class Recurrence(NamedTuple):
             return f"{self.rows.steps} steps of {launch.programs} programs are more than the barrier's counter holds"
         return None
 
-    def why_not(self, config: Config) -> str | None:
+    def why_not(self, config: Config, launch: _Launch | None = None) -> str | None:
         """Why this layout cannot run here, having compiled it."""
         try:
-            launch = self.prepare(config)
+            launch = launch or self.prepare(config)
             if config.sequence:
                 return self.why_not_at_once(launch)
             for changes in launch.arguments.phases if not interpreted() else ():
@@ -343,9 +356,10 @@ def recur(
     choose = partial(layout, device, case.hidden, rows.batch, case.directions, case.dtype, str(shared["PRECISION"]))
     tuned = choice.tuned(device, work) if rows.steps > 1 else None  # of many steps; one is launched as such
     if isinstance(tuned, Config):
-        reason = this.why_not(tuned)
+        launch = this.prepare(tuned)
+        reason = this.why_not(tuned, launch)
         if reason is None:
-            this.run(tuned)
+            this.run(tuned, launch)
             return
         choice.reject(device, work, reason)
     config = choose(steps=rows.steps)

@@ -23,13 +23,16 @@ from .work import Layout, Work
 
 logger = logging.getLogger("triton_bnlstm.tuning")
 
-CACHE, SHIPPED, ANALYTIC = "cache", "shipped", "analytic"
+CACHE, SHIPPED, ANALYTIC, RANK_0 = "cache", "shipped", "analytic", "rank 0"
 # Different works of one process before the memo starts anew: batches of every size must not fill the memory.
 _MOST_KNOWN = 4096
 
 
 class Choice(NamedTuple):
-    """A layout and where it comes from: "cache", "shipped" or "analytic". entry: what is known of it, if anything."""
+    """A layout and where it comes from: "cache", "shipped", "analytic" or "rank 0".
+
+    entry: what is known of it, if anything.
+    """
 
     layout: Layout
     origin: str

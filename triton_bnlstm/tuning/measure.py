@@ -18,7 +18,7 @@ from ..kernels.launch import Recurrence
 from ..kernels.rows import Rows
 from . import space
 from .choice import analytic_only
-from .sample import STEPS, Sample, product_precision, relative_error
+from .sample import Sample, relative_error, usual_steps
 from .tuner import Bench, TuningError, Unfit
 from .work import Layout, Work
 
@@ -27,17 +27,38 @@ _MOMENTS_BOUND = 1e-4
 
 
 @contextmanager
-def undisturbed(work: Work, *, tuned: bool = False) -> Iterator[None]:
+def _product_precision(work: Work, device: torch.device) -> Iterator[None]:
+    """float32 products are rounded to TF32 within it, or not, as the work has it; torch's switch is left as it was."""
+    if work.dtype != torch.float32 or launch.product_precision(work.dtype, device) == work.precision:
+        yield
+        return
+    matmul, allowed = torch.backends.cuda.matmul, work.precision == "tf32"
+    new = hasattr(matmul, "fp32_precision")  # since torch 2.9, which raises where it meets the old switch
+    before = matmul.fp32_precision if new else matmul.allow_tf32
+    try:
+        if new:
+            matmul.fp32_precision = work.precision
+        else:
+            matmul.allow_tf32 = allowed
+        yield
+    finally:
+        if new:
+            matmul.fp32_precision = before
+        else:
+            matmul.allow_tf32 = before
+
+
+@contextmanager
+def undisturbed(work: Work, device: torch.device, *, tuned: bool = False) -> Iterator[None]:
     """Whatever mode the caller is in, and nothing of his is touched: no autocast, no inference mode, his own graph.
 
     tuned: kernels get the layouts that they would get; else those that nobody has tuned.
     """
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        torch.autocast(device_type, enabled=False),
-        product_precision(work),
+        torch.autocast(device.type, enabled=False),
+        _product_precision(work, device),
         nullcontext() if tuned else analytic_only(),
     ):
         yield
@@ -100,10 +121,10 @@ class _Timed:
         return before.elapsed_time(after) / 1000
 
 
-def bench_of(work: Work, device: torch.device, steps: int = STEPS) -> Bench:
+def bench_of(work: Work, device: torch.device, steps: int | None = None) -> Bench:
     """Where some work is tuned."""
     kinds: dict[str, type[_DeviceBench]] = {"moments": MomentsBench, "save": SaveBench}
-    return kinds.get(work.kernel, RecurrentBench)(work, device, steps)
+    return kinds.get(work.kernel, RecurrentBench)(work, device, steps or usual_steps(work))
 
 
 class _DeviceBench:
@@ -126,7 +147,7 @@ class _DeviceBench:
         reason = space.why_not(self.numbers, self.work, layout)
         if reason is not None:
             raise Unfit(reason)
-        with undisturbed(self.work, tuned=self.work.kernel == "save"):
+        with undisturbed(self.work, self.device, tuned=self.work.kernel == "save"):
             try:
                 reason = self.why_not_compiled(layout) or self.why_wrong(layout)
                 if reason is not None:
@@ -139,7 +160,7 @@ class _DeviceBench:
 
     def sample(self, layout: Layout) -> float:
         """See `Bench`."""
-        with undisturbed(self.work, tuned=self.work.kernel == "save"):
+        with undisturbed(self.work, self.device, tuned=self.work.kernel == "save"):
             return self.timed.seconds(layout)
 
     def why_not_compiled(self, layout: Layout) -> str | None:
@@ -158,7 +179,7 @@ class _DeviceBench:
 class RecurrentBench(_DeviceBench):
     """The recurrence's kernels: a whole layer says whether they are right, their loop alone is timed, a step each."""
 
-    def __init__(self, work: Work, device: torch.device, steps: int = STEPS) -> None:
+    def __init__(self, work: Work, device: torch.device, steps: int) -> None:
         super().__init__(work, device, steps)
         self._sample: Sample | None = None
         self._recurrence: Recurrence | None = None
@@ -233,7 +254,7 @@ class RecurrentBench(_DeviceBench):
 class SaveBench(_DeviceBench):
     """A training step that keeps W_hh h for its backward, or makes it again, in the layouts that it would get."""
 
-    def __init__(self, work: Work, device: torch.device, steps: int = STEPS) -> None:
+    def __init__(self, work: Work, device: torch.device, steps: int) -> None:
         super().__init__(work, device, steps)
         self._layer = RecurrentBench(work, device, steps)
 
@@ -259,7 +280,7 @@ class SaveBench(_DeviceBench):
 class MomentsBench(_DeviceBench):
     """The input side's moments, of all steps in one call."""
 
-    def __init__(self, work: Work, device: torch.device, steps: int = STEPS) -> None:
+    def __init__(self, work: Work, device: torch.device, steps: int) -> None:
         super().__init__(work, device, steps)
         rows = steps * work.batch
         generator = torch.Generator(device).manual_seed(0)

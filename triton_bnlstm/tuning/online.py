@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -13,16 +14,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels.config import Device, device_of
+from ..kernels.config import (
+    Device,
+    device_of,
+    explicit_backward_config,
+    explicit_config,
+    explicit_moments_config,
+)
 from ..kernels.errors import tell_once
 from ..reference import Call
 from . import choice, ranks, space
-from .choice import CACHE, Choice
+from .choice import CACHE, RANK_0, Choice
 from .device import Identity, provenance_of
 from .entry import Entry
 from .mode import why_not_now
 from .store import Store, locked
-from .tuner import Bench, Tell, TuningError, nobody, tune
+from .tuner import Bench, Tell, nobody, tune
 from .work import FLAGS, Work
 
 SECONDS_VARIABLE = "TRITON_BNLSTM_AUTOTUNE_SECONDS"
@@ -98,12 +105,17 @@ def works_of(calls: list[Call], precision: str, *, gradients: bool, save: bool =
 def ensure(calls: list[Call], precision: str, mode: str, *, gradients: bool, save: bool = False) -> None:
     """Tune what a layer's call is about to run, as far as the mode asks for it and it can be done now.
 
+    What `use_config` gives a layout of its own is left out.
+
     Nothing that goes wrong here keeps the call from running: it gets the layouts that are there.
     """
     weight: Tensor = calls[0].parameters.weight_hh
     if mode == "off" or weight.device.type != "cuda":
         return
+    asked = {"forward": explicit_config(), "inference": explicit_config(), "moments": explicit_moments_config()}
+    asked["backward"] = explicit_backward_config()
     works = works_of(calls, precision, gradients=gradients, save=save)
+    works = [work for work in works if asked.get(work.kernel) is None]
     ensure_works(works, weight.device, device_of(weight.device), mode)
 
 
@@ -131,7 +143,7 @@ def ensure_works(
         _done.add((mode, numbers, work))
         try:
             _decide(work, device, numbers, mode, make)
-        except (TuningError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             tell_once(f"{work.key} could not be tuned ({error}): its layout stays as it is")
 
 
@@ -147,7 +159,7 @@ def _decide(work: Work, device: torch.device, numbers: Device, mode: str, make: 
         if layout is not None and space.why_not(numbers, work, layout) is None:
             known = choice.choose(numbers, work)
             entry = known.entry if known.layout == layout else None
-            choice.remember(numbers, work, Choice(layout, CACHE, entry))
+            choice.remember(numbers, work, Choice(layout, RANK_0, entry))
         return
     answers.begin(name)
     layout = None
@@ -165,9 +177,19 @@ def _tune_if_needed(
         return
     choice.inform_once(f"measuring layouts of {work.key} for at most {seconds:g} s")
     began = time.monotonic()
-    entry = tune_work(work, device, numbers, make=make, seconds=seconds, force=mode == "force")
+    with _bar(str(work.key), seconds) as tell:
+        entry = tune_work(work, device, numbers, make=make, seconds=seconds, force=mode == "force", tell=tell)
     gain = f", {entry.gain:.2f} x the default's speed" if entry.gain else ""
     choice.inform_once(f"{work.key}: measured in {time.monotonic() - began:.1f} s{gain}")
+
+
+def _bar(title: str, seconds: float) -> AbstractContextManager[Tell]:
+    """A progress bar where somebody may be looking; a log gets the lines around it."""
+    if not sys.stderr.isatty():
+        return nullcontext(nobody)
+    from .screens import progress  # not at the top: few calls need it
+
+    return progress(title, seconds)
 
 
 def _alone(store: Store, work: Work, seconds: float) -> AbstractContextManager[None]:
@@ -219,16 +241,13 @@ def tune_work(
             case = {"hidden": work.hidden, "batch": work.batch, "columns": work.columns}
             by = provenance_of(device)
             if force and known is not None:
-                known = _without_times(known)
-            entry = tune(work, make(work, device), by=by, case=case, known=known, seconds=seconds, tell=tell)
+                known = replace(known, candidates=())  # what is known still is the one to beat
+            bench = make(work, device)
+            case["steps"] = getattr(bench, "steps", 0)
+            entry = tune(work, bench, by=by, case=case, known=known, seconds=seconds, tell=tell)
             if entry is not known:
                 store.put(entry)
             known = entry
     if space.why_not(numbers, work, known.layout) is None:
         choice.remember(numbers, work, Choice(known.layout, CACHE, known))
     return known
-
-
-def _without_times(entry: Entry) -> Entry:
-    """Its layout still is the one to beat, but everything is measured again."""
-    return replace(entry, candidates=())

@@ -19,7 +19,7 @@ from .device import Identity
 from .work import Key, Layout, layout_as_json, layout_of_json
 
 # How long a rank waits for rank 0 to begin with what it needs; and, once it has, for the end of it beyond the time cap.
-BEGIN_SECONDS, END_SECONDS = 20.0, 120.0
+BEGIN_SECONDS, END_SECONDS = 60.0, 120.0
 _BEGUN = "begun"
 _asked: dict[tuple[Key, str], int] = {}  # how often this process has asked: each question has its own answer
 

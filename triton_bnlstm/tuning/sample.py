@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -16,8 +14,10 @@ from ..reference import Call, Parameters, Problem
 from ..statistics import Population, Statistics, population_at_steps, resolve_statistics, training_population
 from .work import Work
 
-# Steps: enough that what stands before and behind the loop does not count, few enough for float64.
-STEPS = 32
+# Steps: enough that what stands before and behind the loop does not count, few enough for float64, of whose numbers
+# some fifteen for each step, row and unit are kept.
+MOST_STEPS, LEAST_STEPS = 32, 8
+_NUMBERS = 1 << 22
 _COLUMNS = 16  # of the input, where its width does not matter
 # Relative RMS errors that are beyond doubt: sums of up to some thousand products, and h, W x and the gradients rounded
 # in every step, to 24, 11, 11 and 8 bits. What the reference path loses on the same data counts too.
@@ -28,22 +28,16 @@ _GRADIENTS = 5
 _REFERENCE, _MOST = 3, 4
 
 
-@contextmanager
-def product_precision(work: Work) -> Iterator[None]:
-    """float32 products are rounded to TF32 within it, or not, as the work has it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if work.precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖; infinite where something is not finite."""
     if actual.shape != expected.shape or not bool(actual.isfinite().all()):
         return float("inf")
     return float((actual.double() - expected).norm() / expected.norm().clamp_min(1e-6))
+
+
+def usual_steps(work: Work) -> int:
+    """T of a sample."""
+    return min(MOST_STEPS, max(LEAST_STEPS, _NUMBERS // (work.batch * max(work.hidden, work.columns, 1))))
 
 
 @dataclass
@@ -58,7 +52,7 @@ class Sample:
 
     work: Work
     device: torch.device
-    steps: int = STEPS
+    steps: int
     calls: list[Call] = field(init=False)
     pull: list[Tensor] = field(init=False)
     expected: dict[str, Tensor] = field(init=False)
