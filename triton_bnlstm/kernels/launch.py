@@ -31,9 +31,10 @@ from .forward import forward_kernel
 from .forward_config import default_config
 from .inference import inference_kernel
 from .input_side import moments_kernel
+from .needs import compiled, resident_programs
 from .rows import Block, Case, CellNorm, Rows
-from .run import as_kernel_error, run
 from .run import interpreted as interpreted  # asked of this module, too
+from .run import run
 
 _run = run  # each launch of this file goes through this name, so that all of them can be watched
 
@@ -443,42 +444,3 @@ def launch_options(config: Config, sync: str, device: Device) -> dict[str, Any]:
 
 # Assertions are compiled in for the barrier's time limit, without those that Triton would add to integers.
 _ASSERTING = {"debug": True, "sanitize_overflow": False}
-
-
-class Needs(NamedTuple):
-    """What a compiled kernel needs: bytes of shared memory of a program, registers of a thread, spilled bytes."""
-
-    shared: int
-    registers: int
-    spills: int
-
-
-_compiled: dict[Any, Needs] = {}
-
-
-def compiled(kernel: Any, launch: _Launch, rows: Rows, changes: dict[str, Any] | None = None) -> Needs:
-    """What this kernel needs; compiles and loads it if need be, and launches nothing.
-
-    Raises:
-        KernelError: it does not compile, or needs more than the device has.
-    """
-    h = launch.arguments.tensors[0]
-    constants = {**launch.constants, **(changes or {})}
-    key = (kernel.__name__, h.device, h.dtype, *sorted(constants.items()), *sorted(launch.options.items()))
-    if key not in _compiled:
-        grid, tensors, scalars, constants, options = launch.call(0, rows.steps, rows, changes)
-        with as_kernel_error(kernel), torch.cuda.device(h.device):
-            made = kernel.warmup(*tensors, *scalars, **constants, **options, enable_fp_fusion=True, grid=grid)
-            made._init_handles()
-        _compiled[key] = Needs(made.metadata.shared, made.n_regs, made.n_spills)
-    return _compiled[key]
-
-
-def resident_programs(kernel: Any, launch: _Launch, rows: Rows, device: Device) -> int:
-    """Programs of this compiled kernel that the device can hold at the same time; compiles it if need be."""
-    if launch.constants["SYNC"] == "none":
-        return launch.programs
-    if interpreted():
-        return 1
-    needs = compiled(kernel, launch, rows)
-    return device.resident_programs(needs.shared, needs.registers, launch.options["num_warps"])
