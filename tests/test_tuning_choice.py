@@ -293,7 +293,7 @@ def test_shipped_files(tmp_path, monkeypatch):
 
 
 def test_in_words():
-    assert in_words(SMALL) == "sequence, 8 units x 16 rows, inner 32, 1 stages, 8 warps"
+    assert in_words(SMALL) == "sequence, 8 units x 16 rows, inner 32, 1 stage, 8 warps"
     work = Work("backward", 1024, 64, 1, torch.bfloat16)
     assert in_words(space.analytic(H100, work)) == (
         "sequence, 8 units x 64 rows, product 8 x 2, inner 64, W_hh stays, 8 warps"

@@ -83,5 +83,6 @@ Files: `config` has the layouts' fields and the device's numbers; `forward_confi
 them where nothing was tuned (`triton_bnlstm.tuning` is asked first); `rows` says which rows exist; `launch` and
 `launch_backward` go from tensors to launches; `run` makes one, and turns failures into `KernelError`; `needs` says what
 a compiled kernel takes; `common` and `gradients` have the pieces, `barrier` the grid barrier, and `forward`,
-`backward`, `inference` and `input_side` the kernels. None adds floats atomically, so the same input gives the same bits.
+`backward`, `inference` and `input_side` the kernels. None adds floats atomically, so the same input gives the same
+bits.
 """
