@@ -1,8 +1,8 @@
 """What a kernel has to do, as far as its layout depends on it, and the key that tuned layouts are kept under.
 
 Neither the number of steps nor the lengths themselves are part of it: a layout serves any T from 2 on, and shorter
-sequences only mean fewer live rows in the same tiles. Whether lengths are equal at all is: other code runs then (`FLAGS`). Sizes are put into buckets, so that a new batch size is not a new
-question each time:
+sequences only mean fewer live rows in the same tiles. Whether lengths are equal at all is: other code runs then
+(`FLAGS`). Sizes are put into buckets, so that a new batch size is not a new question each time:
 
     H   up to 16 as it is; beyond, rounded up to a quarter of the power of two below it: 100 → 112, 1000 → 1024
     B   rounded up to a power of two, at least 16, which is what its tiles are
@@ -249,5 +249,6 @@ def in_words(layout: Layout) -> str:
     parts = ["sequence" if layout.sequence else "step", f"{layout.units} units x {layout.batch_tile} rows"]
     if isinstance(layout, BackwardConfig):
         parts.append(f"product {layout.splits} x {layout.groups}")
-    parts += [f"inner {layout.inner}", "W_hh stays" if layout.resident else f"{layout.stages} stage{'s' * (layout.stages > 1)}"]
+    stages = f"{layout.stages} stage{'s' * (layout.stages > 1)}"
+    parts += [f"inner {layout.inner}", "W_hh stays" if layout.resident else stages]
     return ", ".join([*parts, f"{layout.warps} warps"])
