@@ -149,14 +149,17 @@ def test_show_marks_what_is_stale_of_other_code_or_broken(capsys, root):
 def test_show_knows_what_is_shipped(capsys, root, monkeypatch, h100):
     put(root, made())
     ship(monkeypatch, made(), made(BACKWARD, how=MODELLED))
-    _, told = run_json(capsys, "show", "--device", "this", "--candidates")
+    _, told = run_json(capsys, "show", "--device", "this")
+    assert [each["origin"] for each in told["entries"]] == ["cache"]  # one's own, and what else there is in a line
+    assert "2 layouts shipped for this device (1 modelled, not measured): `show --shipped`" in run(capsys, "show")[1]
+    _, told = run_json(capsys, "show", "--device", "this", "--shipped", "--candidates")
     assert [(each["origin"], each["shadowed"]) for each in told["entries"]] == [
         ("cache", False),
         ("shipped", True),
         ("shipped", False),
     ]
     assert told["entries"][0]["entry"]["candidates"]
-    _, out, _ = run(capsys, "show")
+    _, out, _ = run(capsys, "show", "--device", "this", "--shipped")
     assert "not measured" in out
     assert "shipped: modelled" in out
     assert "! not used: your cache has its own" in out

@@ -155,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
         verify,
         "check the cache's entries, on this machine's GPU if there is one",
         "With a GPU each entry of it is compiled, its results are compared with the reference path, and it is timed "
-        "against the default; 5 %% slower is a problem. Without one only what can be seen in the files is checked.",
+        "against the default; 5 % slower is a problem. Without one only what can be seen in the files is checked.",
     )
     made.add_argument("--seconds", type=_seconds, metavar="N", help="begin nothing new after so long (default: no end)")
     add_json(made)
@@ -174,8 +174,10 @@ def parser() -> argparse.ArgumentParser:
     made = add("clear", clear, "remove entries from the cache")
     what = made.add_mutually_exclusive_group(required=True)
     what.add_argument("--all", action="store_true", help="everything, with files that were set aside or left behind")
+    unused = "what no call uses: of another version of the kernels' code, or unreadable"
+    what.add_argument("--unused", action="store_true", help=unused)
     what.add_argument(
-        "--stale", action="store_true", help="what another Triton or other code was measured with, or is unreadable"
+        "--stale", action="store_true", help="that, and what another Triton measured, which is still used"
     )
     what.add_argument("--kernel", choices=KERNELS, help="of this kernel")
     made.add_argument("--device", choices=("this", "all"), default="all", help="whose (default: %(default)s)")

@@ -128,8 +128,11 @@ def _cache(devices: list[Here], problems: list[str]) -> dict[str, Any]:
         folder = root / f"v{SCHEMA}" / here.identity.slug
         if folder.exists():
             places.append(folder)
-    reasons = [reason for reason in map(why_unusable, places) if reason is not None]
-    problems += reasons
+    tried = [(place, why_unusable(place)) for place in places]
+    reasons = [reason for _, reason in tried if reason is not None]
+    # A folder that others have filled and this user may only read is a way to share it, not a fault.
+    problems += [reason for place, reason in tried if reason is not None and not _is_readable(place)]
+    readable = bool(reasons) and all(_is_readable(place) for place, reason in tried if reason is not None)
     for path, why in cache.unreadable:
         problems.append(f"{path} cannot be used: {why}; the next use sets it aside, where it can")
     ours = {here.identity.slug for here in devices}
@@ -138,6 +141,7 @@ def _cache(devices: list[Here], problems: list[str]) -> dict[str, Any]:
         "from": origin,
         "exists": root.exists(),
         "usable": not reasons,
+        "read_only": readable,
         "entries_here": sum(each.identity.slug in ours for each in cache.found),
         "entries_elsewhere": sum(each.identity.slug not in ours for each in cache.found),
         "stale": sum(each.is_stale for each in cache.found),
@@ -145,6 +149,10 @@ def _cache(devices: list[Here], problems: list[str]) -> dict[str, Any]:
         "unusable_entries": sum(each.entry is None for each in cache.found),
         "set_aside": [str(path) for path in cache.aside],
     }
+
+
+def _is_readable(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
 
 
 def why_unusable(folder: Path) -> str | None:
@@ -235,6 +243,8 @@ def _cache_lines(cache: dict[str, Any]) -> list[tuple[str, str]]:
         return [("cache", f"{cache['folder'] or 'none'}")]
     missing = "" if cache["exists"] else ", not made yet"
     works = "can be read, written and locked" if cache["usable"] else "cannot be used"
+    if cache.get("read_only"):
+        works = "can be read, not written: what is there is used, and nothing new is kept"
     lines = [
         ("cache", f"{cache['folder']} (from {cache['from']}{missing})"),
         ("", works if cache["exists"] else f"the folder above it {works}"),

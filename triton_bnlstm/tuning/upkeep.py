@@ -28,9 +28,9 @@ def show(arguments: argparse.Namespace) -> int:
     here = machine.find() if arguments.device == "this" else machine.find_any()
     cache = contents.of_cache(contents.root_of_cache())
     found = list(cache.found)
-    if arguments.shipped or here is not None:
-        wanted = None if arguments.shipped or here is None else here.identity
-        found += [each for each in contents.of_package() if wanted in (None, each.identity)]
+    package = contents.of_package() if arguments.shipped or here is not None else []
+    if arguments.shipped:
+        found += package
     if arguments.device == "this" and here is not None:
         found = [each for each in found if each.identity == here.identity]
     hidden = contents.shadowed(found)
@@ -50,6 +50,11 @@ def show(arguments: argparse.Namespace) -> int:
     for identity, group in groupby(found, key=lambda each: each.identity):
         _print_device(identity, list(group), hidden, candidates=arguments.candidates)
     _print_rest(cache, found)
+    ours = [each for each in package if here is not None and each.identity == here.identity]
+    if ours and not arguments.shipped:
+        modelled = sum(not each.measured for each in ours)
+        told = f"{screens.count(len(ours), 'layout')} shipped for this device ({modelled} modelled, not measured)"
+        print(f"{told}: `show --shipped` lists them")
     return DONE
 
 
@@ -210,10 +215,12 @@ def clear(arguments: argparse.Namespace) -> int:
 def _kept(entries: Raw, kernel: str, arguments: argparse.Namespace, gone: list[int]) -> Raw:
     """What stays. gone: takes how many do not."""
     kept = {}
-    if arguments.stale:
+    if arguments.stale or arguments.unused:
         identity = Identity("", "", 0, 0)
         looked_at = {text: contents.found_of(identity, kernel, text, "", raw) for text, raw in entries.items()}
-        bad = {text for text, each in looked_at.items() if each.problem or each.of_other_code or each.is_stale}
+        bad = {text for text, each in looked_at.items() if each.problem or each.of_other_code}
+        if arguments.stale:
+            bad |= {text for text, each in looked_at.items() if each.is_stale}
         kept = {text: raw for text, raw in entries.items() if text not in bad}
     gone.append(len(entries) - len(kept))
     return kept

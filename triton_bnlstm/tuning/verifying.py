@@ -76,7 +76,7 @@ def verify(arguments: argparse.Namespace) -> int:
         + (f", {left} not checked" if left else "")
     )
     if any(each.of_other_code or each.entry is None for each in found):
-        print("`python -m triton_bnlstm.tuning clear --stale` removes what no call uses any more.")
+        print("`python -m triton_bnlstm.tuning clear --unused` removes what no call uses any more.")
     return FAILED if bad else DONE
 
 
