@@ -19,6 +19,7 @@ from tests.support.tuning_command import (
     CPU,
     H100,
     MOMENTS,
+    SIZES,
     TUNE,
     FakeBench,
     folder_of,
@@ -151,7 +152,10 @@ def test_show_knows_what_is_shipped(capsys, root, monkeypatch, h100):
     ship(monkeypatch, made(), made(BACKWARD, how=MODELLED))
     _, told = run_json(capsys, "show", "--device", "this")
     assert [each["origin"] for each in told["entries"]] == ["cache"]  # one's own, and what else there is in a line
-    assert "2 layouts shipped for this device (1 modelled, not measured): `show --shipped`" in run(capsys, "show")[1]
+    assert (
+        "2 layouts are shipped for this device (1 modelled, not measured): `show --shipped` lists them"
+        in run(capsys, "show")[1]
+    )
     _, told = run_json(capsys, "show", "--device", "this", "--shipped", "--candidates")
     assert [(each["origin"], each["shadowed"]) for each in told["entries"]] == [
         ("cache", False),
@@ -161,7 +165,9 @@ def test_show_knows_what_is_shipped(capsys, root, monkeypatch, h100):
     assert told["entries"][0]["entry"]["candidates"]
     _, out, _ = run(capsys, "show", "--device", "this", "--shipped")
     assert "not measured" in out
-    assert "shipped: modelled" in out
+    assert out.count("modelled") == 1
+    assert "shipped, modelled, not measured" in out
+    assert "shipped, modelled" not in run(capsys, "show", "--shipped", "--architecture", "sm80,gfx942")[1]
     assert "! not used: your cache has its own" in out
 
 
@@ -199,8 +205,8 @@ def test_tune_measures_keeps_and_tells(capsys, root, h100):
     lines = out.splitlines()
     assert [line.split()[0] for line in lines] == ["forward", "backward", "inference", "moments", "moments"]
     assert all("µs" in line and "tried" in line for line in lines)
-    assert err.startswith("1/5 forward bf16 H64 B32 x1: at most 20 s\n")
-    assert len(err.splitlines()) == 5
+    assert err.startswith("5 kernels, at most 100 s\n1/5 forward bf16 H64 B32 x1: at most 20 s\n")
+    assert len(err.splitlines()) == 6
     work = Work("forward", 64, 32, 1, torch.bfloat16)
     entry = Store(Identity.of(H100), root).get(work.key)
     assert entry is not None
@@ -297,14 +303,73 @@ def test_works_are_those_of_a_call():
         ("inference", ("cell_norm",)),
         ("moments", ("centre",)),
         ("moments", ()),
+        ("save", ("cell_norm", "fill", "seats")),
     ]
-    assert [work.columns for work in works] == [0, 0, 0, 24, 400]
-    assert [work.precision for work in works] == ["tf32"] * 3 + ["ieee"] * 2
+    assert [work.columns for work in works] == [0, 0, 0, 24, 400, 0]
+    assert [work.precision for work in works] == ["tf32"] * 3 + ["ieee"] * 2 + ["tf32"]
     narrow = list(models.works_of(Layer(100, 1, 1, "fp32", False), Wanted(48, "unequal", every)))
-    assert [work.flags for work in narrow] == [("narrow", "seats"), ("narrow",), ("narrow",)]
+    assert [work.flags for work in narrow] == [("narrow", "seats"), ("narrow",), ("narrow",), ("narrow", "seats")]
     assert not list(models.works_of(Layer(100, 1, 1, "fp32", False), Wanted(48, "equal", ("moments",))))
 
 
 def test_of_one_bucket_the_largest_is_measured():
     works = [Work("forward", 64, batch, 1, torch.bfloat16) for batch in (48, 64, 33, 96)]
     assert [work.batch for work in models.without_doubles(works)] == [64, 96]
+
+
+def test_what_would_be_measured(capsys, root, h100):
+    code, out, err = run(capsys, *SIZES, "--dry-run")
+    assert (code, err) == (DONE, "")
+    lines = out.splitlines()
+    assert lines[-1] == "8 kernels, at most 8 min"
+    assert len([line for line in lines if line.endswith("seats")]) == 2
+    assert not root.exists()
+    run(capsys, *SIZES, "--kernels", "forward")
+    _, out, err = run(capsys, *SIZES, "--kernels", "forward,backward")
+    plan, line = err.splitlines()
+    assert plan == "1 kernel, at most 60 s; for 2 more there is nothing new to try"
+    assert line == "2/3 backward bf16 H64 B32 x1: at most 60 s"
+    assert out.count("nothing new to try") == 2
+
+
+def test_names_of_dtypes_and_the_hint_for_float32(capsys, h100):
+    asked = ["tune", "--hidden", "64", "--batch", "32", "--dry-run", "--dtype"]
+    _, out, err = run(capsys, *asked, "float32")
+    assert "forward fp32" in out
+    assert "tf32" in err
+    _, out, err = run(capsys, *asked, "tf32,bfloat16")
+    assert ("forward tf32" in out, "forward bf16" in out, err) == (True, True, "")
+
+
+def test_wrong_seconds_are_told_first(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_BNLSTM_AUTOTUNE_SECONDS", "soon")
+    code, out, err = run(capsys, *TUNE)
+    assert (code, out, err.count("\n")) == (USAGE, "", 1)
+    assert "TRITON_BNLSTM_AUTOTUNE_SECONDS" in err
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "doctor", "export"])
+def test_a_cache_that_is_a_file(capsys, root, command):
+    root.write_text("no folder")
+    code, out, err = run(capsys, command)
+    assert code == FAILED
+    assert f"{root} is not a folder" in out + err
+
+
+def test_the_program_is_called_as_it_was_started(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/triton-bnlstm-tuning"])
+    assert run(capsys, "--help")[1].startswith("usage: triton-bnlstm-tuning ")
+    monkeypatch.setattr(sys, "argv", ["/lib/triton_bnlstm/tuning/__main__.py"])
+    assert run(capsys, "--help")[1].startswith("usage: python -m triton_bnlstm.tuning ")
+
+
+def test_the_legend(capsys, root):
+    put(
+        root, made(), made(BACKWARD), made(MOMENTS), made(Work("forward", 64, 32, 1, torch.float16, "ieee", ("seats",)))
+    )
+    _, out, _ = run(capsys, "show")
+    out = " ".join(out.split())  # lines are as wide as the terminal
+    assert "seats: unequal lengths; centre: of the input x" in out
+    assert "narrow:" not in out
+    assert "H512 is used for 449 to 512, B64 for 33 to 64" in out
+    assert "how many times as fast as the default" in out

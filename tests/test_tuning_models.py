@@ -49,7 +49,7 @@ def test_layers_of_a_file(tmp_path):
 def test_tune_from_a_model(capsys, root, tmp_path, h100):
     path = tmp_path / "weights.pt"
     torch.save(BNLSTM(13, 24, bidirectional=True, max_length=4, dtype=torch.float64).state_dict(), path)
-    asked = ["tune", "--from-model", str(path), "--batch", "20", "--kernels", "forward"]
+    asked = ["tune", "--from-model", str(path), "--batch", "20", "--kernels", "forward", "--lengths", "equal"]
     code, _, err = run(capsys, *asked)
     assert code == USAGE
     assert "no kernel computes in float64" in err

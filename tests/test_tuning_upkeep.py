@@ -46,7 +46,7 @@ def test_verify_without_a_device_says_what_it_did_not_look_at(capsys, root):
     put(root, made(), made(MOMENTS))
     code, out, _ = run(capsys, "verify")
     assert code == DONE
-    assert "2 entries, 0 problems" in out
+    assert "2 entries, 0 problems; none was run" in out
     assert "Not checked: without a GPU" in out
     unknown = Device("cuda", 77, 3, 1024, 2048, 65536, 1024)
     put(root, made(device=unknown), device=unknown)
@@ -62,7 +62,7 @@ def test_verify_finds_what_cannot_be_used(capsys, root):
     put(root, made(layout=too_wide), made(BACKWARD, source="0" * 12), made(MOMENTS))
     code, told = run_json(capsys, "verify")
     assert code == FAILED
-    assert [each["state"] for each in told["entries"]] == ["wrong", "wrong", "ok"]
+    assert [each["state"] for each in told["entries"]] == ["wrong", "wrong", "fits"]
     assert "64 warps" in told["entries"][0]["why"]
     (folder_of(root) / "inference.json").write_text("[]")
     code, out, _ = run(capsys, "verify")
@@ -287,3 +287,59 @@ def test_this_machine_has_a_device_or_says_so(monkeypatch):
         assert machine.find_any() is None
         assert machine.find_all() == []
         assert machine.why_not_measured(CPU, torch.float32) is not None
+
+
+# import, and what is slower
+
+
+def test_import_takes_what_was_exported(capsys, root, tmp_path, monkeypatch):
+    put(root, made(), made(BACKWARD))
+    file = tmp_path / "tuned.json"
+    assert run(capsys, "export", "--out", str(file))[0] == DONE
+    monkeypatch.setenv("TRITON_BNLSTM_CACHE_DIR", str(tmp_path / "other"))
+    code, out, _ = run(capsys, "import", str(file))
+    assert (code, "Took 2 entries for 1 device" in out) == (DONE, True)
+    assert len(contents.of_cache(tmp_path / "other").found) == 2
+    told = {str(each.key): each.as_json() for each in (made(how=MODELLED), made(BACKWARD, source="0" * 12))}
+    file.write_text(shipped.text_of({Identity.of(H100): told, Identity("../x", "sm90", 1, 1024): told}))
+    code, _, err = run(capsys, "import", str(file))
+    assert (code, err.count("skipped")) == (FAILED, 4)
+    file.write_text("{}")
+    assert run(capsys, "import", str(file))[0] == USAGE
+    assert run(capsys, "import", str(tmp_path / "none"))[0] == USAGE
+
+
+def test_what_is_slower_than_the_default(capsys, root):
+    put(root, made(us=5.0), made(MOMENTS, by=BY._replace(triton="2.0.0")))
+    assert "! slower than the default" in run(capsys, "show")[1]
+    code, out, _ = run(capsys, "verify")
+    assert (code, "1 problem" in out, "1 entry was measured with another Triton" in out) == (FAILED, True, True)
+    code, out, err = run(capsys, "export")
+    assert code == DONE
+    assert [key.split()[0] for key in shipped.parse(out)[Identity.of(H100)]] == ["moments"]
+    assert ("left out: 1 entry" in err, "another Triton" in err) == (True, True)
+    code, told = run_json(capsys, "clear", "--all")
+    assert (code, told["removed"]) == (DONE, 2)
+
+
+def test_doctor_on_a_cache_that_can_only_be_read(capsys, root, monkeypatch):
+    root.mkdir()
+    monkeypatch.setattr(doctor, "_version", lambda name: "1.0")
+    monkeypatch.setattr(doctor, "why_unusable", lambda folder: "it cannot be written")
+    monkeypatch.setattr(doctor, "_is_read_only", lambda folder: True)
+    code, out, _ = run(capsys, "doctor")
+    assert code == DONE
+    assert "can be read, not written" in out
+
+
+def test_doctor_when_triton_is_asked_for_and_missing(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "triton_version", lambda: "none")
+    monkeypatch.setenv("TRITON_BNLSTM_BACKEND", "triton")
+    code, out, _ = run(capsys, "doctor")
+    assert (code, "asked for, and Triton is" in out) == (FAILED, True)
+
+
+def test_doctor_names_what_keeps_it_from_a_cache(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_BNLSTM_CACHE_DIR", "~nobody-of-that-name/cache")
+    code, out, _ = run(capsys, "doctor")
+    assert (code, "TRITON_BNLSTM_CACHE_DIR=~nobody" in out) == (FAILED, True)

@@ -9,18 +9,18 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from . import choice, contents, machine, models, online, screens
 from .doctor import doctor, why_unusable
 from .machine import Here
-from .models import DTYPES, LENGTHS, USUAL_KERNELS, Layer, Wanted
+from .models import DTYPES, LENGTHS, SAME_DTYPES, USUAL_KERNELS, USUAL_LENGTHS, Wanted
 from .screens import DONE, FAILED, INTERRUPTED, NO_DEVICE, USAGE, Failure
-from .store import VARIABLE, Store
-from .upkeep import clear, export, show
+from .store import Store
+from .tuner import Tell, nobody
+from .upkeep import clear, export, show, take
 from .verifying import verify
 from .work import KERNELS, Work, in_words
 
@@ -28,12 +28,14 @@ DESCRIPTION = """\
 Layouts of the kernels, tuned for a card and kept in a cache: show them, measure new ones, check them, export them,
 remove them, and find out why something does not work. Nothing is measured but by `tune` and `verify`.
 """
-EPILOG = f"""\
+_EPILOG = f"""\
 examples:
   python -m triton_bnlstm.tuning tune --hidden 512 --batch 64 --dtype bf16
-  python -m triton_bnlstm.tuning tune --hidden 256,512 --batch 32,64 --dtype bf16 --directions 1,2 --lengths unequal
+  python -m triton_bnlstm.tuning tune --hidden 256,512 --batch 32,64 --dtype bf16 --directions 1,2 --lengths device
   python -m triton_bnlstm.tuning tune --from-model weights.pt --batch 64
   python -m triton_bnlstm.tuning show --candidates
+  python -m triton_bnlstm.tuning export --out tuned.json
+  python -m triton_bnlstm.tuning import tuned.json
   python -m triton_bnlstm.tuning doctor
 
 exit codes:
@@ -78,12 +80,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+def _names(known: tuple[str, ...], same: dict[str, str] | None = None) -> Callable[[str], list[str]]:
     def split(text: str) -> list[str]:
-        for name in text.split(","):
+        names = [(same or {}).get(name, name) for name in text.split(",")]
+        for name in names:
             if name not in known:
                 raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-        return text.split(",")
+        return names
 
     return split
 
@@ -92,7 +95,10 @@ def parser() -> argparse.ArgumentParser:
     """Of all commands."""
     form = argparse.RawDescriptionHelpFormatter
     whole = argparse.ArgumentParser(
-        prog="python -m triton_bnlstm.tuning", description=DESCRIPTION, epilog=EPILOG, formatter_class=form
+        prog=screens.program(),
+        description=DESCRIPTION,
+        epilog=_EPILOG.replace("python -m triton_bnlstm.tuning", screens.program()),
+        formatter_class=form,
     )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -109,6 +115,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--kernel", choices=KERNELS, help="of this one alone")
     made.add_argument("--device", choices=("this", "all"), default="all", help="whose (default: %(default)s)")
     made.add_argument("--shipped", action="store_true", help="all that comes with the package, too, for any device")
+    made.add_argument(
+        "--architecture", type=lambda text: text.split(","), action="extend", metavar="sm90[,sm80]", help="of these"
+    )
     made.add_argument("--candidates", action="store_true", help="every layout that was tried, its time or its failure")
     add_json(made)
 
@@ -125,16 +134,18 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--batch", type=_sizes, action="extend", required=True, metavar="B[,B]", help="sequences")
     group.add_argument(
         "--dtype",
-        type=_names(tuple(DTYPES)),
+        type=_names(tuple(DTYPES), SAME_DTYPES),
         action="extend",
         metavar="|".join(DTYPES),
         help="of weights; tf32 is float32 with TF32 products (default: the model's)",
     )
     group.add_argument(
         "--lengths",
-        choices=LENGTHS,
-        default="equal",
-        help="of a batch's sequences: all equal, unequal, or unequal as a tensor on the GPU (default: %(default)s)",
+        type=_names(LENGTHS),
+        action="extend",
+        metavar="|".join(LENGTHS),
+        help="of a batch's sequences: all equal, unequal, or unequal as a tensor on the GPU; several with commas "
+        f"(default: {','.join(USUAL_LENGTHS)})",
     )
     group = made.add_argument_group("how")
     group.add_argument(
@@ -146,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--seconds", type=_seconds, metavar="N", help=f"at most, for each kernel (default: {online.SECONDS:g})"
     )
+    group.add_argument("--dry-run", action="store_true", help="only say what would be measured")
     group.add_argument("--force", action="store_true", help="measure again what is known")
     group.add_argument("--device", metavar="cuda:0", help="which GPU (default: the current one)")
     add_json(group)  # type: ignore[arg-type]
@@ -171,16 +183,23 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--architecture", metavar="sm90", help="which, if the cache has several")
     made.add_argument("--with-candidates", action="store_true", help="with every layout that was tried")
 
+    made = add(
+        "import",
+        take,
+        "put the measured layouts of files that `export` wrote into the cache",
+        "So layouts that were tuned on one machine serve on another with the same device. What is newer stays.",
+    )
+    made.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what `export` wrote")
+
     made = add("clear", clear, "remove entries from the cache")
     what = made.add_mutually_exclusive_group(required=True)
     what.add_argument("--all", action="store_true", help="everything, with files that were set aside or left behind")
     unused = "what no call uses: of another version of the kernels' code, or unreadable"
     what.add_argument("--unused", action="store_true", help=unused)
-    what.add_argument(
-        "--stale", action="store_true", help="that, and what another Triton measured, which is still used"
-    )
+    what.add_argument("--stale", action="store_true", help="what was measured with another Triton, and is still used")
     what.add_argument("--kernel", choices=KERNELS, help="of this kernel")
     made.add_argument("--device", choices=("this", "all"), default="all", help="whose (default: %(default)s)")
+    add_json(made)
 
     made = add("doctor", doctor, "tell what tuning rests on here, and what of it does not work", "Changes nothing.")
     add_json(made)
@@ -235,10 +254,19 @@ def _close_quietly() -> None:
 
 # Tuning
 
+_FLOAT32 = (
+    "hint: layers whose parameters are float32 compute so, also under autocast; "
+    'with torch.set_float32_matmul_precision("high") tune --dtype tf32'
+)
+
 
 def tune(arguments: argparse.Namespace) -> int:
     """`tune`: measure one kernel after the other."""
-    layers = _layers(arguments)
+    try:
+        seconds = arguments.seconds or online.seconds_allowed()
+    except ValueError as error:
+        raise Failure(str(error), USAGE) from None
+    layers = models.layers_asked(arguments)
     here = machine.find(arguments.device)
     for numbers in dict.fromkeys(layer.numbers for layer in layers):
         dtype, precision = DTYPES[numbers]
@@ -250,57 +278,52 @@ def tune(arguments: argparse.Namespace) -> int:
     store = _store(here)
     kernels = tuple(arguments.kernels or USUAL_KERNELS)
     batches = dict.fromkeys(arguments.batch)
-    wanted = [Wanted(batch, arguments.lengths, kernels) for batch in batches]
+    lengths = dict.fromkeys(arguments.lengths or USUAL_LENGTHS)
+    wanted = [Wanted(batch, each, kernels) for batch in batches for each in lengths]
     all_works = [work for layer in layers for each in wanted for work in models.works_of(layer, each)]
     works = models.without_doubles(all_works)
     if not works:
         raise Failure("there is nothing to tune: the moments of one column need no layout", USAGE)
-    return _tune_all(works, here, store, arguments)
-
-
-def _layers(arguments: argparse.Namespace) -> list[Layer]:
-    """What is asked for, by sizes or by a file."""
-    if arguments.from_model is None:
-        if not arguments.hidden or not arguments.dtype:
-            raise Failure("tune needs --hidden and --dtype, or --from-model", USAGE)
-        return [
-            Layer(hidden, arguments.columns or hidden, directions, numbers, arguments.cell_norm)
-            for hidden in arguments.hidden
-            for directions in arguments.directions or [1]
-            for numbers in arguments.dtype
-        ]
-    given = {"--hidden": arguments.hidden, "--columns": arguments.columns, "--directions": arguments.directions}
-    clash = [name for name, value in {**given, "--cell-norm": arguments.cell_norm}.items() if value]
-    if clash:
-        raise Failure(f"{', '.join(clash)}: the model's own are taken with --from-model", USAGE)
-    found = []
-    for layer in models.layers_of_file(arguments.from_model):
-        print(models.layer_words(layer), file=sys.stderr)
-        if layer.cell:
-            print(
-                "  a cell runs single steps, whose recurrence keeps its default layout: "
-                "layers of its sizes have the use of it",
-                file=sys.stderr,
-            )
-        found += [replace(layer, numbers=each) for each in arguments.dtype or [layer.numbers]]
-    for layer in found:
-        if layer.numbers not in DTYPES:
-            raise Failure(f"{layer.name}: no kernel computes in {layer.numbers}; choose with --dtype", USAGE)
-    return found
+    if any(layer.numbers == "fp32" for layer in layers):
+        print(_FLOAT32, file=sys.stderr)
+    known = {work: store.get(work.key, again=True) for work in works}
+    settled = {work for work in works if not arguments.force and machine.is_settled(work, here.numbers, known[work])}
+    new = [work for work in works if work not in settled]
+    most = seconds * len(new)
+    plan = f"{screens.count(len(new), 'kernel')}, at most {screens.duration(most)}" if new else "nothing new to try"
+    if settled and new:
+        plan += f"; for {len(settled)} more there is nothing new to try"
+    if arguments.dry_run:
+        if arguments.json:
+            screens.write_json({"would_measure": [str(work.key) for work in new], "at_most_seconds": most})
+            return DONE
+        for work in new:
+            print(screens.key_words(work.key))
+        print(plan)
+        return DONE
+    print(plan, file=sys.stderr, flush=True)
+    return _tune_all(works, here, store, seconds, settled, arguments)
 
 
 def _store(here: Here) -> Store:
     """The cache, seen to keep what it is given: nobody should wait for results that are lost."""
     store = choice.store_of(here.numbers) if contents.root_of_cache() is not None else None
     if store is None or store.folder is None:
-        raise Failure(f"there is no cache to keep results in: name a folder in {VARIABLE}, or install platformdirs")
+        raise Failure(f"results could not be kept: {contents.why_no_cache()}")
     reason = why_unusable(store.folder)
     if reason is not None:
         raise Failure(f"results could not be kept: {reason}")
     return store
 
 
-def _tune_all(works: list[Work], here: Here, store: Store, arguments: argparse.Namespace) -> int:
+def _tune_all(
+    works: list[Work],
+    here: Here,
+    store: Store,
+    seconds: float,
+    settled: set[Work],
+    arguments: argparse.Namespace,
+) -> int:
     done: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     interrupted = False
@@ -308,7 +331,12 @@ def _tune_all(works: list[Work], here: Here, store: Store, arguments: argparse.N
         for k, work in enumerate(works):
             name = screens.key_words(work.key)
             try:
-                told = _tune_one(f"{k + 1}/{len(works)} {name}", work, here, store, arguments)
+                title = f"{k + 1}/{len(works)} {name}"
+                with nullcontext(nobody) if work in settled else screens.progress(title, seconds) as tell:
+                    told = _tune_one(work, here, store, seconds, tell, arguments)
+                line = told.pop("line")
+                if not arguments.json:
+                    print(line, flush=True)
             except (RuntimeError, ValueError, OSError, Failure) as error:  # TuningError, or what else is in the way
                 text = screens.one_line(str(error)).removeprefix(f"{work.key}: ")
                 screens.complain(f"{name}: {text}")
@@ -324,34 +352,33 @@ def _tune_all(works: list[Work], here: Here, store: Store, arguments: argparse.N
     return INTERRUPTED if interrupted else FAILED if failed else DONE
 
 
-def _tune_one(title: str, work: Work, here: Here, store: Store, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure, tell, and see that it is kept. What `--json` says of it.
+def _tune_one(
+    work: Work, here: Here, store: Store, seconds: float, tell: Tell, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Measure, and see that it is kept. What `--json` says of it, and its line for the others.
 
     Raises:
         Failure: it is not kept.
         TuningError: see `online.tune_work`.
     """
-    seconds = arguments.seconds or online.seconds_allowed()
     before, began = store.get(work.key, again=True), time.monotonic()
-    with screens.progress(title, seconds) as tell:
-        entry = online.tune_work(
-            work,
-            here.device,
-            here.numbers,
-            make=machine.make_bench,
-            seconds=seconds,
-            force=arguments.force,
-            complete=True,
-            tell=tell,
-            store=store,
-        )
+    entry = online.tune_work(
+        work,
+        here.device,
+        here.numbers,
+        make=machine.make_bench,
+        seconds=seconds,
+        force=arguments.force,
+        complete=True,
+        tell=tell,
+        store=store,
+    )
     anew = entry != before
-    if not arguments.json:
-        print(screens.result_line(entry, anew=anew), flush=True)
     kept = Store(store.identity, store.root).get(work.key)  # as another process sees it
     if kept is None or kept.layout != entry.layout:
         raise Failure(f"its layout could not be kept in {store.folder}")
     return {
+        "line": screens.result_line(entry, anew=anew),
         "key": str(work.key),
         "anew": anew,
         "us": screens.time_of(entry),

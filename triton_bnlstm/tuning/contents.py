@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
+import warnings
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -17,6 +20,8 @@ from .screens import Failure
 from .store import SCHEMA, VARIABLE, Raw, cache_directory, read_file
 from .work import KERNELS, Key, source_hash
 
+# An entry with less of a gain is slower than the default beyond what noise explains.
+_SLOWER = 0.98
 _SLUG = re.compile(r"(?P<backend>[a-z]+)-(?P<architecture>[a-z0-9]+)-(?P<multiprocessors>\d+)x(?P<shared>\d+)KB")
 
 
@@ -50,6 +55,11 @@ class Found(NamedTuple):
         """Whether another minor version of Triton compiled what was measured; unknown, so no, without any Triton."""
         return self.measured and triton_version() != "none" and self.entry is not None and is_stale(self.entry.by)
 
+    @property
+    def is_slower(self) -> bool:
+        """Whether the default was faster when it was measured."""
+        return self.entry is not None and self.measured and self.entry.gain is not None and self.entry.gain < _SLOWER
+
 
 @dataclass
 class Contents:
@@ -71,28 +81,52 @@ class Contents:
 
 
 def root_of_cache() -> Path | None:
-    """The cache's folder; None: nobody knows one.
+    """The cache's folder; None: there is none, see `why_no_cache`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # commands say it in their own words
+        try:
+            root = cache_directory()
+        except RuntimeError:
+            return None
+    return None if root is None or root.parts[:1] == ("~",) else root  # "~": of nobody's home
+
+
+def why_no_cache() -> str:
+    """What is at fault where there is none, and the remedy."""
+    asked = os.environ.get(VARIABLE)
+    if asked:
+        return f"there is no cache: {VARIABLE}={asked} names a home folder that cannot be found: name a folder in full"
+    if importlib.util.find_spec("platformdirs") is None:
+        return f"there is no cache: the package platformdirs is missing: install it, or name a folder in {VARIABLE}"
+    return f"there is no cache: there is no home folder to have it in: set HOME, or name a folder in {VARIABLE}"
+
+
+def why_no_folder(path: Path) -> str | None:
+    """Whether something else than a folder is in the way of one; None: it is one, or could be made.
 
     Raises:
-        Failure: the variable names a home that nobody has.
+        OSError: nobody may look.
     """
-    try:
-        return cache_directory()
-    except RuntimeError as error:
-        raise Failure(f"{VARIABLE}: {error}") from None
+    there = path.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    return None if there.is_dir() else f"{there} is not a folder"
 
 
 def of_cache(root: Path | None) -> Contents:
     """Everything in a cache.
 
     Raises:
-        Failure: it cannot be read.
+        Failure: it cannot be read, or is no folder.
     """
     contents = Contents(root)
     if root is None:
         return contents
     try:
         top = root / f"v{SCHEMA}"
+        reason = why_no_folder(top)
+        if reason is not None:
+            raise Failure(f"the cache cannot be used: {reason}")
         for folder in sorted(top.iterdir()) if top.is_dir() else []:
             if folder.is_dir():
                 _look_into(folder, contents)
@@ -102,7 +136,7 @@ def of_cache(root: Path | None) -> Contents:
 
 
 def _look_into(folder: Path, contents: Contents) -> None:
-    contents.folders[folder] = _of_slug(folder.name)
+    contents.folders[folder] = of_slug(folder.name)
     contents.aside += sorted(folder.glob("*.corrupt-*"))
     for kernel in KERNELS:
         path = folder / f"{kernel}.json"
@@ -121,7 +155,7 @@ def _look_into(folder: Path, contents: Contents) -> None:
         contents.found += [found_of(identity, kernel, text, CACHE, raw) for text, raw in entries.items()]
 
 
-def _of_slug(name: str) -> Identity | None:
+def of_slug(name: str) -> Identity | None:
     """Whose folder it is, for all that its name says."""
     match = _SLUG.fullmatch(name)
     if match is None:

@@ -16,7 +16,7 @@ from .. import backend, checks
 from ..backend import backend_report
 from . import contents, machine, mode, online, screens
 from .contents import Found
-from .device import provenance_of
+from .device import provenance_of, triton_version
 from .machine import Here
 from .screens import DONE, FAILED, Failure
 from .store import SCHEMA, VARIABLE, locked
@@ -51,9 +51,13 @@ def doctor(arguments: argparse.Namespace) -> int:
         if reason is not None:
             problems.append(f"{here.device}: nothing can be measured: {reason}")
     try:
-        backend.requested_backend(None)
+        asked = [f"backend={name!r} is" for name in [backend.requested_backend(None)] if name == "triton"]
     except ValueError as error:
         problems.append(str(error))
+        asked = []
+    asked += ["TRITON_INTERPRET=1 is"] if os.environ.get("TRITON_INTERPRET") == "1" else []
+    if asked and triton_version() == "none":
+        problems.append(f"{asked[0]} asked for, and Triton is {report['triton']}")
     if packages["filelock"] is None:
         problems.append(f"the package filelock is missing: {_PACKAGES['filelock']}")
     told["cache"] = _cache(devices, problems)
@@ -121,7 +125,7 @@ def _cache(devices: list[Here], problems: list[str]) -> dict[str, Any]:
         problems.append(str(failure))
         return {"folder": os.environ.get(VARIABLE), "from": origin, "usable": False}
     if root is None:
-        problems.append(f"there is no cache: install platformdirs, or name a folder in {VARIABLE}")
+        problems.append(contents.why_no_cache())
         return {"folder": None, "from": None, "usable": False}
     places = [root]
     for here in devices:
@@ -129,10 +133,10 @@ def _cache(devices: list[Here], problems: list[str]) -> dict[str, Any]:
         if folder.exists():
             places.append(folder)
     tried = [(place, why_unusable(place)) for place in places]
-    reasons = [reason for _, reason in tried if reason is not None]
+    wrong = [(place, reason) for place, reason in tried if reason is not None]
     # A folder that others have filled and this user may only read is a way to share it, not a fault.
-    problems += [reason for place, reason in tried if reason is not None and not _is_readable(place)]
-    readable = bool(reasons) and all(_is_readable(place) for place, reason in tried if reason is not None)
+    problems += [reason for place, reason in wrong if not _is_read_only(place)]
+    read_only = bool(wrong) and all(_is_read_only(place) for place, _ in wrong)
     for path, why in cache.unreadable:
         problems.append(f"{path} cannot be used: {why}; the next use sets it aside, where it can")
     ours = {here.identity.slug for here in devices}
@@ -140,8 +144,8 @@ def _cache(devices: list[Here], problems: list[str]) -> dict[str, Any]:
         "folder": str(root),
         "from": origin,
         "exists": root.exists(),
-        "usable": not reasons,
-        "read_only": readable,
+        "usable": not wrong,
+        "read_only": read_only,
         "entries_here": sum(each.identity.slug in ours for each in cache.found),
         "entries_elsewhere": sum(each.identity.slug not in ours for each in cache.found),
         "stale": sum(each.is_stale for each in cache.found),
@@ -151,8 +155,8 @@ def _cache(devices: list[Here], problems: list[str]) -> dict[str, Any]:
     }
 
 
-def _is_readable(folder: Path) -> bool:
-    return folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
+def _is_read_only(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.R_OK | os.X_OK) and not os.access(folder, os.W_OK)
 
 
 def why_unusable(folder: Path) -> str | None:
@@ -162,6 +166,9 @@ def why_unusable(folder: Path) -> str | None:
     """
     there = folder.absolute()
     try:
+        reason = contents.why_no_folder(there)
+        if reason is not None:
+            return reason
         while not there.exists():
             there = there.parent
         with tempfile.TemporaryDirectory(prefix=".triton_bnlstm-", dir=there) as name:

@@ -9,8 +9,9 @@ import torch
 
 from ..backend import why_no_kernels
 from ..kernels.config import Device, device_of
-from . import online
-from .device import Identity
+from . import online, space
+from .device import Identity, minor, triton_version
+from .entry import MEASURED, Entry
 from .screens import NO_DEVICE, USAGE, Failure
 from .tuner import Bench
 from .work import Work
@@ -100,6 +101,14 @@ def why_not_measured(device: torch.device, dtype: torch.dtype) -> str | None:
 def make_bench(work: Work, device: torch.device) -> Bench:
     """Where layouts are tried."""
     return online.device_bench(work, device)
+
+
+def is_settled(work: Work, numbers: Device, known: Entry | None) -> bool:
+    """Whether tuning would find nothing new to try, as far as the search's first steps tell."""
+    if known is None or known.how != MEASURED or minor(known.by.triton) != minor(triton_version()):
+        return False
+    tried = {each.layout for each in known.candidates}
+    return tried.issuperset((*space.structures(numbers, work), *space.neighbours(known.layout)))
 
 
 def numbers_of(identity: Identity) -> Device | None:

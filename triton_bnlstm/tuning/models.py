@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,9 +23,13 @@ DTYPES: dict[str, tuple[torch.dtype, str]] = {
     "fp32": (torch.float32, "ieee"),
     "tf32": (torch.float32, "tf32"),
 }
+# Other names of them.
+SAME_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 LENGTHS = ("equal", "unequal", "device")
-# What a call runs whose layer names what it keeps; "save" is for layers that leave that to be chosen.
-USUAL_KERNELS = ("forward", "backward", "inference", "moments")
+# What most calls have; with equal ones another forward is compiled, and nothing else differs.
+USUAL_LENGTHS = ("equal", "unequal")
+# What layers run, with save="auto", too.
+USUAL_KERNELS = KERNELS
 
 # A parameter that every layer of ours has, and nobody else's.
 _LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?)gamma_hh(?P<layer>_l\d+)?$", re.DOTALL)
@@ -88,6 +94,41 @@ def without_doubles(works: Iterable[Work]) -> list[Work]:
         if known is None or (work.hidden, work.batch, work.columns) > (known.hidden, known.batch, known.columns):
             found[work.key] = work
     return list(found.values())
+
+
+def layers_asked(arguments: argparse.Namespace) -> list[Layer]:
+    """What `tune` is asked for, by sizes or by a file.
+
+    Raises:
+        Failure: too little is given, too much, or what no kernel computes.
+    """
+    if arguments.from_model is None:
+        if not arguments.hidden or not arguments.dtype:
+            raise Failure("tune needs --hidden and --dtype, or --from-model", USAGE)
+        return [
+            Layer(hidden, arguments.columns or hidden, directions, numbers, arguments.cell_norm)
+            for hidden in arguments.hidden
+            for directions in arguments.directions or [1]
+            for numbers in arguments.dtype
+        ]
+    given = {"--hidden": arguments.hidden, "--columns": arguments.columns, "--directions": arguments.directions}
+    clash = [name for name, value in {**given, "--cell-norm": arguments.cell_norm}.items() if value]
+    if clash:
+        raise Failure(f"{', '.join(clash)}: the model's own are taken with --from-model", USAGE)
+    found = []
+    for layer in layers_of_file(arguments.from_model):
+        print(layer_words(layer), file=sys.stderr)
+        if layer.cell:
+            print(
+                "  a cell runs single steps, whose recurrence keeps its default layout: "
+                "layers of its sizes have the use of it",
+                file=sys.stderr,
+            )
+        found += [replace(layer, numbers=each) for each in arguments.dtype or [layer.numbers]]
+    for layer in found:
+        if layer.numbers not in DTYPES:
+            raise Failure(f"{layer.name}: no kernel computes in {layer.numbers}; choose with --dtype", USAGE)
+    return found
 
 
 def layers_of_file(path: Path) -> list[Layer]:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .device import Identity, minor, triton_version
 from .entry import MEASURED, Entry
 from .tuner import Tell, nobody
-from .work import Key, in_words
+from .work import Key, hidden_bucket, in_words, power_bucket
 
 DONE, FAILED, USAGE, NO_DEVICE, INTERRUPTED = 0, 1, 2, 3, 130
-PROGRAM = "triton_bnlstm.tuning"
+_SCRIPT, _MODULE = "triton-bnlstm-tuning", "python -m triton_bnlstm.tuning"
 NUMBERS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_FLAGS = {
+    "seats": "unequal lengths",
+    "fill": "lengths given as a tensor on the device",
+    "narrow": "one input column",
+    "centre": "of the input x",
+}
 # Where nobody says how wide the screen is: a file, a pipe.
 _WIDTH = 120
 
@@ -36,9 +44,28 @@ class Failure(Exception):
         self.code = code
 
 
+def program() -> str:
+    """What this process was started by, to be typed again."""
+    return _SCRIPT if Path(sys.argv[0]).stem == _SCRIPT else _MODULE
+
+
+def micro() -> str:
+    """The unit "µs", or "us" where stdout cannot write that."""
+    try:
+        "µ".encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeError, LookupError):
+        return "us"
+    return "µs"
+
+
+def duration(seconds: float) -> str:
+    """A time to wait: "90 s" or "5 min"."""
+    return f"{seconds:g} s" if seconds < 120 else f"{math.ceil(seconds / 60)} min"
+
+
 def complain(message: str) -> None:
     """One line on stderr."""
-    print(f"{PROGRAM}: {one_line(message)}", file=sys.stderr, flush=True)
+    print(f"{program()}: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def one_line(text: str) -> str:
@@ -57,7 +84,7 @@ def count(number: int, one: str, many: str | None = None) -> str:
 
 
 def key_cells(key: Key) -> list[str]:
-    """What a key says, for a table: kernel, numbers, size, batch, directions, flags."""
+    """What a key says, for a table: kernel, dtype, size, batch, directions, flags."""
     numbers = "tf32" if key.precision == "tf32" else NUMBERS.get(key.dtype, key.dtype)
     size = f"D{key.columns}" if key.kernel == "moments" else f"H{key.hidden}"
     return [key.kernel, numbers, size, f"B{key.batch}", f"x{key.directions}", " ".join(key.flags)]
@@ -106,15 +133,15 @@ def source_of(entry: Entry) -> str:
     return f"measured on {by.name}, {date(entry.at)}, torch {by.torch}, Triton {by.triton}"
 
 
-def candidate_lines(entry: Entry) -> list[str]:
-    """All layouts that were tried, the fastest first, those that failed with their reasons last."""
+def candidate_lines(entry: Entry) -> list[tuple[str, str]]:
+    """All layouts that were tried, the fastest first, those that failed last: their time, and they or their failure."""
     lines = []
     for each in sorted(entry.candidates, key=lambda each: each.microseconds or float("inf")):
         part = "default: " if each.layout == entry.default else ""
         if each.microseconds is None:
-            lines.append(f"{'failed':>8}     {part}{in_words(each.layout)}: {one_line(each.failed)}")
+            lines.append(("failed   ", f"{part}{in_words(each.layout)}: {one_line(each.failed)}"))
         else:
-            lines.append(f"{microseconds(each.microseconds):>8} µs  {part}{in_words(each.layout)}")
+            lines.append((f"{microseconds(each.microseconds)} {micro()}", f"{part}{in_words(each.layout)}"))
     return lines
 
 
@@ -129,7 +156,7 @@ def result_line(entry: Entry, *, anew: bool) -> str:
     layouts = f"{count(len(entry.candidates), 'layout')} tried, {failed} failed"
     if not anew:
         layouts += "; nothing new to try"
-    time = f"{microseconds(time_of(entry))} µs {unit}"
+    time = f"{microseconds(time_of(entry))} {micro()} {unit}"
     return f"{key_words(entry.key)}: {in_words(entry.layout)}: {time}, {gain} ({layouts})"
 
 
@@ -144,17 +171,50 @@ def device_heading(identity: Identity, names: set[str]) -> str:
     return f"{identity}" + (f" ({known})" if known else "")
 
 
+def print_text(text: str) -> None:
+    """As many lines on stdout as it takes."""
+    print(textwrap.fill(text, max(40, shutil.get_terminal_size((_WIDTH, 24)).columns)))
+
+
 class Row(NamedTuple):
     """One entry in a table.
 
-    what: cells that say what it is. figures: cells with numbers. details: lines that belong to it. marks: lines that
-    warn.
+    what: cells that say what it is. figures: cells with numbers. details: lines that belong to it; without figures one
+    of them goes on the row's own line, where there is room. marks: lines that warn. candidates: `candidate_lines`.
     """
 
     what: list[str]
     figures: list[str]
     details: list[str]
     marks: list[str]
+    candidates: tuple[tuple[str, str], ...] = ()
+
+
+def legend(keys: Iterable[Key]) -> list[str]:
+    """What a table's flags and buckets mean, as far as these keys have them."""
+    keys = list(keys)
+    lines = []
+    flags = {flag for key in keys for flag in key.flags}
+    told = [f"{flag}: {words}" for flag, words in _FLAGS.items() if flag in flags]
+    if told:
+        lines.append("; ".join(told))
+    if keys:
+        first = next((key for key in keys if key.kernel != "moments"), keys[0])
+        size = ("D", first.columns) if first.kernel == "moments" else ("H", first.hidden)
+        parts = [_bucket_words(*each) for each in (size, ("B", first.batch))]
+        lines.append(
+            f"sizes are the largest of their bucket: {parts[0].replace(' for', ' is used for', 1)}, {parts[1]}"
+        )
+    return lines
+
+
+def _bucket_words(letter: str, largest: int) -> str:
+    """For instance "B64 for 33 to 64"."""
+    bucket = hidden_bucket if letter == "H" else power_bucket
+    least = largest
+    while least > 1 and bucket(least - 1) == largest:
+        least -= 1
+    return f"{letter}{largest} for " + (f"{least} to {largest}" if least < largest else f"{largest} alone")
 
 
 def print_table(what: list[str], figures: list[str], rows: list[Row]) -> None:
@@ -181,15 +241,25 @@ def print_table(what: list[str], figures: list[str], rows: list[Row]) -> None:
         return ("  " + "  ".join(parts)).rstrip()
 
     print(aligned([*what, *figures]))
+    wide = max(40, width)
     for line, row in zip(lines, rows, strict=True):
-        print(aligned(line))
-        for text in row.details + [f"! {mark}" for mark in row.marks]:
-            print(textwrap.fill(text, max(40, width), initial_indent="      ", subsequent_indent="        "))
+        details = list(row.details)
+        start = f"  {'  '.join(cell.ljust(to) for cell, to in zip(line, widths, strict=True))}"
+        if not row.figures and details and len(start) + 2 + len(details[0]) <= wide:
+            print(f"{start}  {details.pop(0)}")
+        else:
+            print(aligned(line))
+        for text in details:
+            print(textwrap.fill(text, wide, initial_indent="      ", subsequent_indent="        "))
+        for time, text in row.candidates:
+            print(textwrap.fill(text, wide, initial_indent=f"      {time:>11}  ", subsequent_indent=" " * 19))
+        for mark in row.marks:
+            print(textwrap.fill(f"! {mark}", wide, initial_indent="      ", subsequent_indent="        "))
 
 
 def _rich_table(figures: list[str], rows: list[Row]) -> None:
     from rich import box
-    from rich.console import Console
+    from rich.console import Console, Group, RenderableType
     from rich.table import Table
     from rich.text import Text
 
@@ -199,11 +269,15 @@ def _rich_table(figures: list[str], rows: list[Row]) -> None:
         table.add_column(name, justify="right", max_width=8)
     table.add_column("layout, and where it comes from")
     for row in rows:
-        details = Text("\n").join(
-            [*(Text(text, "" if k == 0 else "dim") for k, text in enumerate(row.details))]
-            + [Text(f"! {mark}", "yellow") for mark in row.marks]
-        )
-        table.add_row(Text(" ".join(each for each in row.what if each)), *map(Text, row.figures), details)
+        details: list[RenderableType] = [Text(text, "" if k == 0 else "dim") for k, text in enumerate(row.details)]
+        if row.candidates:
+            tried = Table.grid(padding=(0, 1))
+            tried.add_column(justify="right", no_wrap=True)
+            for time, text in row.candidates:
+                tried.add_row(Text(time, "dim"), Text(text, "dim"))
+            details.append(tried)
+        details += [Text(f"! {mark}", "yellow") for mark in row.marks]
+        table.add_row(Text(" ".join(each for each in row.what if each)), *map(Text, row.figures), Group(*details))
     Console().print(table)
 
 

@@ -1,4 +1,4 @@
-"""The commands that look after a cache: show, export, clear."""
+"""The commands that look after a cache: show, export, import, clear."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from . import contents, machine, screens, shipped
 from .choice import SHIPPED
 from .contents import Contents, Found
 from .device import Identity
+from .doctor import why_unusable
 from .entry import Entry
 from .screens import DONE, FAILED, USAGE, Failure, Row
-from .store import VARIABLE, Raw, Store, locked, read_file, replace_text
+from .store import Raw, Store, locked, read_file, replace_text
 from .work import KERNELS, in_words
 
-_WHAT = ["kernel", "numbers", "size", "batch", "dirs", "flags"]
-_FIGURES = ["µs", "gain"]
+_WHAT = ["kernel", "dtype", "size", "batch", "dirs", "flags"]
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -36,6 +36,8 @@ def show(arguments: argparse.Namespace) -> int:
     hidden = contents.shadowed(found)
     if arguments.kernel is not None:
         found = [each for each in found if each.kernel == arguments.kernel]
+    if arguments.architecture:
+        found = [each for each in found if each.identity.architecture in arguments.architecture]
     found.sort(key=contents.by_size)
     if arguments.json:
         screens.write_json(
@@ -53,8 +55,8 @@ def show(arguments: argparse.Namespace) -> int:
     ours = [each for each in package if here is not None and each.identity == here.identity]
     if ours and not arguments.shipped:
         modelled = sum(not each.measured for each in ours)
-        told = f"{screens.count(len(ours), 'layout')} shipped for this device ({modelled} modelled, not measured)"
-        print(f"{told}: `show --shipped` lists them")
+        layouts = screens.count(len(ours), "layout is", "layouts are")
+        print(f"{layouts} shipped for this device ({modelled} modelled, not measured): `show --shipped` lists them")
     return DONE
 
 
@@ -66,6 +68,8 @@ def _marks(each: Found, hidden: set[tuple[Identity, str]]) -> list[str]:
         marks.append("not used: measured for another version of the kernel's code")
     if each.is_stale:
         marks.append(f"{screens.stale_words(each.entry)}; still used, and `tune` measures it again")
+    if each.is_slower:
+        marks.append("slower than the default")
     if each.origin == SHIPPED and (each.identity, each.text) in hidden:
         marks.append("not used: your cache has its own")
     return marks
@@ -78,38 +82,53 @@ def _origin(each: Found, entry: Entry) -> str:
 def _print_device(
     identity: Identity, group: list[Found], hidden: set[tuple[Identity, str]], *, candidates: bool
 ) -> None:
+    modelled = [each for each in group if each.entry is not None and not each.measured]
     rows = []
     for each in group:
         entry = each.entry
+        if each in modelled:
+            continue
         if entry is None:
             blank = [""] * (len(_WHAT) - 1)
             rows.append(Row([each.kernel, *blank], ["-", "-"], [each.text], _marks(each, hidden)))
             continue
         details = [in_words(entry.layout), _origin(each, entry)]
-        if candidates:
-            details += screens.candidate_lines(entry)
+        tried = tuple(screens.candidate_lines(entry)) if candidates else ()
         figures = [screens.microseconds(screens.time_of(entry)), screens.gain_of(entry)]
-        rows.append(Row(screens.key_cells(entry.key), figures, details, _marks(each, hidden)))
-    names = {each.entry.by.name for each in group if each.entry is not None and each.measured}
-    print(screens.device_heading(identity, names))
-    screens.print_table(_WHAT, _FIGURES, rows)
-    print()
+        rows.append(Row(screens.key_cells(entry.key), figures, details, _marks(each, hidden), tried))
+    names = {each.entry.by.name for each in group if each.measured and each.entry is not None}
+    names = names or {each.entry.by.name for each in modelled if each.entry is not None}
+    heading = screens.device_heading(identity, names)
+    if rows:
+        print(heading)
+        screens.print_table(_WHAT, [screens.micro(), "gain"], rows)
+        print()
+    for origin, part in groupby(sorted(modelled, key=lambda each: each.origin), key=lambda each: each.origin):
+        print(f"{heading}: {'shipped' if origin == SHIPPED else 'your cache'}, modelled, not measured")
+        lines = [
+            Row(screens.key_cells(each.entry.key), [], [in_words(each.entry.layout)], _marks(each, hidden))
+            for each in part
+            if each.entry is not None
+        ]
+        screens.print_table(_WHAT, [], lines)
+        print()
 
 
 def _print_rest(cache: Contents, found: list[Found]) -> None:
-    if found:
-        print(
-            "µs of a step, for moments of a call; gain: the default's time over this one's.\n"
-            "Sizes are the largest of their bucket: B64 is used for batches of 33 to 64."
+    if any(each.measured for each in found):
+        screens.print_text(
+            f"{screens.micro()} of a step, for moments of a call; gain: how many times as fast as the default"
         )
+    for line in screens.legend(each.entry.key for each in found if each.entry is not None):
+        screens.print_text(line)
     if cache.root is None:
-        print(f"There is no cache: install platformdirs, or name a folder in {VARIABLE}.")
+        print(contents.why_no_cache())
         return
     print(f"Cache: {cache.root}")
     if not found:
         print(
             "No tuned layouts to show. To measure some, on the machine with the GPU:\n"
-            "  python -m triton_bnlstm.tuning tune --hidden 512 --batch 64 --dtype bf16"
+            f"  {screens.program()} tune --hidden 512 --batch 64 --dtype bf16"
         )
     for path, why in cache.unreadable:
         print(f"  cannot be used: {path.relative_to(cache.root)}: {why}")
@@ -156,6 +175,12 @@ def export(arguments: argparse.Namespace) -> int:
             + (f" for {arguments.architecture}" if arguments.architecture else "")
             + " for this version of the kernels"
         )
+    slower = sum(each.is_slower for each in good)
+    if slower:
+        screens.complain(f"left out: {screens.count(slower, 'entry', 'entries')}, slower than the default")
+        good = [each for each in good if not each.is_slower]
+        if not good:
+            raise Failure("nothing to export: all that is there is slower than the default")
     known = sorted({each.identity.architecture for each in good})
     if len(known) > 1:
         raise Failure(f"the cache has layouts for {', '.join(known)}: choose with --architecture", USAGE)
@@ -164,6 +189,9 @@ def export(arguments: argparse.Namespace) -> int:
         assert each.entry is not None
         entry = each.entry if arguments.with_candidates else _without_candidates(each.entry)
         devices.setdefault(each.identity, {})[each.text] = entry.as_json()
+    stale = sum(each.is_stale for each in good)
+    if stale:
+        screens.complain(f"{screens.count(stale, 'entry was', 'entries were')} measured with another Triton")
     text = shipped.text_of(devices)
     if arguments.out is None:
         sys.stdout.write(text)
@@ -173,9 +201,7 @@ def export(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise Failure(f"{arguments.out} cannot be written ({error.strerror or error})") from None
     entries, devices_there = screens.count(len(good), "entry", "entries"), screens.count(len(devices), "device")
-    stale = sum(each.is_stale for each in good)
-    more = f", {stale} of them measured with another Triton" if stale else ""
-    print(f"{arguments.out}: {entries} of {devices_there}{more}")
+    print(f"{arguments.out}: {entries} of {devices_there}")
     return DONE
 
 
@@ -183,6 +209,54 @@ def _without_candidates(entry: Entry) -> Entry:
     """But for those that say what is gained: the layout and the default."""
     kept = tuple(each for each in entry.candidates if each.layout in (entry.layout, entry.default))
     return replace(entry, candidates=kept)
+
+
+def take(arguments: argparse.Namespace) -> int:
+    """`import`: put what `export` wrote, maybe elsewhere, into the cache; nothing, if a file is not one of ours."""
+    held = [(path, _exported(path)) for path in arguments.files]
+    root = contents.root_of_cache()
+    reason = contents.why_no_cache() if root is None else contents.why_no_folder(root) or why_unusable(root)
+    if reason is not None:
+        raise Failure(f"nothing could be kept: {reason}")
+    taken, older = 0, 0
+    devices: set[Identity] = set()
+    for path, each_device in held:
+        for identity, entries in each_device.items():
+            store = Store(identity, root)
+            for text, raw in entries.items():
+                each = contents.found_of(identity, "", text, "", raw)
+                why = _why_not_taken(each)
+                if why is None and each.entry is not None:
+                    if store.put(each.entry):
+                        kept = store.get(each.entry.key)
+                        older += kept is not None and kept.at > each.entry.at
+                        taken, devices = taken + 1, devices | {identity}
+                        continue
+                    why = "it could not be kept"
+                screens.complain(f"{path}: skipped {text}: {why}")
+    more = f"; for {older} of them what was there is newer, and stays" if older else ""
+    entries_, devices_ = screens.count(taken, "entry", "entries"), screens.count(len(devices), "device")
+    print(f"Took {entries_} for {devices_} into {root}{more}")
+    return DONE if taken else FAILED
+
+
+def _exported(path: Path) -> dict[Identity, Raw]:
+    try:
+        return shipped.parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Failure(f"{path} cannot be read ({error.strerror or error})", USAGE) from None
+    except (ValueError, RecursionError) as error:
+        raise Failure(f"{path} is no file that `export` has written ({error})", USAGE) from None
+
+
+def _why_not_taken(each: Found) -> str | None:
+    if contents.of_slug(each.identity.slug) is None:  # a folder is named by it
+        return f"{each.identity.slug!r} names no device"
+    if each.entry is None:
+        return f"it cannot be used: {each.problem}"
+    if not each.measured:
+        return "it is modelled, not measured"
+    return "it is for another version of the kernel's code" if each.of_other_code else None
 
 
 def clear(arguments: argparse.Namespace) -> int:
@@ -207,6 +281,10 @@ def clear(arguments: argparse.Namespace) -> int:
             files += _sweep(folder)
     for path in failed:
         screens.complain(f"{path} could not be changed")
+    if arguments.json:
+        told = {"cache": None if root is None else str(root), "removed": removed, "other_files": files}
+        screens.write_json({**told, "failed": failed})
+        return FAILED if failed else DONE
     more = f" and {screens.count(files, 'other file')}" if files else ""
     print(f"Removed {screens.count(removed, 'entry', 'entries')}{more} from {root or 'no cache: there is none'}")
     return FAILED if failed else DONE
@@ -218,9 +296,10 @@ def _kept(entries: Raw, kernel: str, arguments: argparse.Namespace, gone: list[i
     if arguments.stale or arguments.unused:
         identity = Identity("", "", 0, 0)
         looked_at = {text: contents.found_of(identity, kernel, text, "", raw) for text, raw in entries.items()}
-        bad = {text for text, each in looked_at.items() if each.problem or each.of_other_code}
-        if arguments.stale:
-            bad |= {text for text, each in looked_at.items() if each.is_stale}
+        if arguments.unused:
+            bad = {text for text, each in looked_at.items() if each.problem or each.of_other_code}
+        else:
+            bad = {text for text, each in looked_at.items() if each.is_stale}
         kept = {text: raw for text, raw in entries.items() if text not in bad}
     gone.append(len(entries) - len(kept))
     return kept

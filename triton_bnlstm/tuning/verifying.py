@@ -20,11 +20,12 @@ from .work import Work, in_words
 # An entry that takes so much more than the default's time is not worth having.
 _SLOWER = 1.05
 _ROUNDS = 9
-GOOD, WRONG, SLOW, OPEN = "ok", "wrong", "slow", "not checked"
+# FITS: all that can be seen without running it.
+GOOD, FITS, WRONG, SLOW, OPEN = "ok", "fits", "wrong", "slow", "not checked"
 
 
 class Verdict(NamedTuple):
-    """On one entry: "ok", "wrong", "slow" or "not checked", why, and its time over the default's if that was taken."""
+    """On one entry: what it is ("ok", …), why, and its time over the default's if that was taken."""
 
     state: str
     why: str = ""
@@ -43,7 +44,7 @@ def verify(arguments: argparse.Namespace) -> int:
     for k, each in enumerate(found):
         title = f"{k + 1}/{len(found)} {_name(each)}"
         verdict = on_paper(each, here)
-        if verdict.state == GOOD and here is not None:
+        if verdict.state == FITS and here is not None:
             verdict = _on_device(each, here, title, until)
         verdicts.append(verdict)
     unreadable = [
@@ -74,9 +75,16 @@ def verify(arguments: argparse.Namespace) -> int:
     print(
         f"{screens.count(len(found), 'entry', 'entries')}, {screens.count(bad, 'problem')}"
         + (f", {left} not checked" if left else "")
+        + ("; none was run" if here is None and found else "")
     )
     if any(each.of_other_code or each.entry is None for each in found):
-        print("`python -m triton_bnlstm.tuning clear --unused` removes what no call uses any more.")
+        print(f"`{screens.program()} clear --unused` removes what no call uses any more.")
+    stale = sum(each.is_stale and not each.of_other_code for each in found)
+    if stale:
+        were = f"{screens.count(stale, 'entry was', 'entries were')} measured with another Triton, and still used"
+        print(f"{were}: `{screens.program()} tune` measures such anew.")
+    if any(verdict.state == SLOW for verdict in verdicts):
+        print(f"`{screens.program()} tune --force` measures again what is slower than the default.")
     return FAILED if bad else DONE
 
 
@@ -125,7 +133,11 @@ def on_paper(each: Found, here: Here | None) -> Verdict:
     if numbers is None:
         return Verdict(OPEN, "the numbers of its device are not known")
     reason = space.why_not(numbers, _work(each.entry), each.entry.layout)
-    return Verdict(GOOD) if reason is None else Verdict(WRONG, f"{in_words(each.entry.layout)} cannot run: {reason}")
+    if reason is not None:
+        return Verdict(WRONG, f"{in_words(each.entry.layout)} cannot run: {reason}")
+    if each.is_slower:
+        return Verdict(SLOW, f"it was slower than the default when it was measured ({each.entry.gain:.2f} x its speed)")
+    return Verdict(FITS)
 
 
 def _on_device(each: Found, here: Here, title: str, until: float) -> Verdict:
