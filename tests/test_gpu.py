@@ -417,15 +417,15 @@ def test_layouts_are_measured_and_right(kernel, empty_cache):
 
 def test_a_layer_is_tuned_before_its_call(empty_cache):
     """Once; not while a graph is captured; and what is found is what runs, with the same results."""
-    from triton_bnlstm.tuning import choice, online
+    from triton_bnlstm.tuning import Work, choice, online
 
     layer = real_layer(64, 256, autotune="on_miss")
     x = torch.randn(20, 32, 64, device="cuda")
     expected = [tensor.detach().clone() for tensor in run(copy.deepcopy(layer), x)]
     device = torch.device("cuda", torch.cuda.current_device())
-    tuned = [(mode, work) for mode, _, work in online._done]
-    assert {work.kernel for _, work in tuned} == {"forward", "backward", "moments"}
-    for _, work in tuned:
+    tuned = [Work.of_key(question.key) for question in online._done]
+    assert {work.kernel for work in tuned} == {"forward", "backward", "moments"}
+    for work in tuned:
         assert choice.choose(device_of(device), work).measured
     before = len(tuned)
     found = run(layer, x)
@@ -443,3 +443,22 @@ def test_a_layer_is_tuned_before_its_call(empty_cache):
     graph.replay()
     torch.cuda.synchronize()
     assert len(online._done) == before
+
+
+def test_layouts_are_measured_on_a_second_device(empty_cache):
+    """torch's own stream for captures belongs to the first device that captured: a graph there would be empty."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs")
+    from triton_bnlstm.tuning.measure import _Timed
+
+    times = []
+    for index in range(2):
+        device = torch.device("cuda", index)
+        x = torch.zeros(1 << 26, device=device)
+        timed, key = _Timed(device), object()
+        timed.add(key, lambda x=x: x.add_(1))
+        before = float(x[0])
+        times.append(timed.seconds(key))
+        torch.cuda.synchronize(device)
+        assert float(x[0]) == before + 2
+    assert min(times) > 1e-5  # 512 MB are moved

@@ -203,7 +203,7 @@ def test_tune_measures_keeps_and_tells(capsys, root, h100):
     code, out, err = run(capsys, *TUNE, "--seconds", "20")
     assert code == DONE
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines] == ["forward", "backward", "inference", "moments", "moments"]
+    assert [line.split()[0] for line in lines] == ["forward", "backward", "inference", *3 * ["moments"]]
     assert all("µs" in line and "tried" in line for line in lines)
     assert err.startswith("5 kernels, at most 100 s\n1/5 forward bf16 H64 B32 x1: at most 20 s\n")
     assert len(err.splitlines()) == 6
@@ -227,7 +227,7 @@ def test_one_failure_does_not_stop_the_others(capsys, root, h100):
     h100(make)
     code, told = run_json(capsys, *TUNE)
     assert code == FAILED
-    assert len(told["tuned"]) == 4
+    assert len(told["tuned"]) == 5
     assert [each["why"] for each in told["failed"]] == ["there is too little memory"]
 
 
@@ -241,7 +241,7 @@ def test_what_is_tuned_before_an_interruption_is_kept(capsys, root, h100):
     code, out, err = run(capsys, *TUNE)
     assert code == INTERRUPTED
     assert len(out.splitlines()) == 2
-    assert "2 of 5 are tuned, and kept" in err
+    assert "2 of 6 are tuned, and kept" in err
     code, told = run_json(capsys, *TUNE)
     assert (code, told["interrupted"]) == (INTERRUPTED, True)
     assert len(contents.of_cache(root).found) == 2
@@ -303,13 +303,19 @@ def test_works_are_those_of_a_call():
         ("inference", ("cell_norm",)),
         ("moments", ("centre",)),
         ("moments", ()),
+        ("moments", ("before", "centre")),
         ("save", ("cell_norm", "fill", "seats")),
     ]
-    assert [work.columns for work in works] == [0, 0, 0, 24, 400, 0]
-    assert [work.precision for work in works] == ["tf32"] * 3 + ["ieee"] * 2 + ["tf32"]
+    assert [work.columns for work in works] == [0, 0, 0, 24, 400, 100, 0]
+    assert [work.precision for work in works] == ["tf32"] * 3 + ["ieee"] * 3 + ["tf32"]
     narrow = list(models.works_of(Layer(100, 1, 1, "fp32", False), Wanted(48, "unequal", every)))
-    assert [work.flags for work in narrow] == [("narrow", "seats"), ("narrow",), ("narrow",), ("narrow", "seats")]
-    assert not list(models.works_of(Layer(100, 1, 1, "fp32", False), Wanted(48, "equal", ("moments",))))
+    assert [work.flags for work in narrow] == [
+        ("narrow", "seats"),
+        ("narrow",),
+        ("narrow",),
+        ("before", "centre"),
+        ("narrow", "seats"),
+    ]
 
 
 def test_of_one_bucket_the_largest_is_measured():
@@ -321,7 +327,7 @@ def test_what_would_be_measured(capsys, root, h100):
     code, out, err = run(capsys, *SIZES, "--dry-run")
     assert (code, err) == (DONE, "")
     lines = out.splitlines()
-    assert lines[-1] == "8 kernels, at most 8 min"
+    assert lines[-1] == "9 kernels, at most 9 min"
     assert len([line for line in lines if line.endswith("seats")]) == 2
     assert not root.exists()
     run(capsys, *SIZES, "--kernels", "forward")

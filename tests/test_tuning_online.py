@@ -24,7 +24,6 @@ from triton_bnlstm.tuning.device import Identity
 from triton_bnlstm.tuning.mode import why_not_now
 from triton_bnlstm.tuning.store import Store, read_file
 from triton_bnlstm.tuning.tuner import TuningError
-from triton_bnlstm.tuning.work import Work
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,7 +34,8 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(errors, "_told", set())
     monkeypatch.setattr(shipped, "get", lambda identity, key: None)
     monkeypatch.setattr(online, "_done", set())
-    monkeypatch.setattr(ranks, "_asked", {})
+    monkeypatch.setattr(ranks, "_silent", set())
+    monkeypatch.setattr(ranks, "_put_off", set())
     choice.forget()
     yield tmp_path
     choice.forget()
@@ -68,7 +68,6 @@ def test_what_nobody_has_measured_is_measured_once(ensure, made, cache):
     ensure("on_miss", replace(WORK, batch=60))  # the same bucket
     assert len(made) == 1
     choice.forget()  # as another process
-    online._done.clear()
     ensure("on_miss")
     assert len(made) == 1
     assert len(read_file(Store(Identity.of(H100), cache).path("forward"))) == 1
@@ -78,6 +77,7 @@ def test_force_measures_what_is_known_once_more(ensure, made):
     ensure("on_miss")
     ensure("force")
     ensure("force")
+    ensure("force", *[replace(WORK, batch=batch) for batch in range(33, 64)])  # the same bucket
     assert len(made) == 2
     assert len(made[1].prepared) > 3
     assert choice.choose(H100, WORK).measured
@@ -89,7 +89,6 @@ def test_a_modelled_layout_is_a_miss(ensure, made, monkeypatch):
     ensure("on_miss")
     assert len(made) == 1
     choice.forget()
-    online._done.clear()
     monkeypatch.setattr(shipped, "get", lambda identity, key: entry() if key == entry().key else None)
     ensure("on_miss")
     assert len(made) == 1
@@ -146,17 +145,23 @@ def test_a_capture_is_noticed(monkeypatch):
     assert why_not_now(torch.device("cuda", 0)) is None
 
 
-def test_what_goes_wrong_does_not_keep_the_call_from_running(ensure, monkeypatch, cache):
+def test_what_goes_wrong_does_not_keep_the_call_from_running(ensure, made, monkeypatch, cache):
+    tries = []
+
     def failing(work, device):
+        tries.append(work)
         raise TuningError("there is too little memory")
 
     with pytest.warns(RuntimeWarning, match="could not be tuned .there is too little memory."):
         online.ensure_works([WORK], CPU, H100, "on_miss", failing)
-    online.ensure_works([WORK], CPU, H100, "on_miss", failing)  # not again in this process
+    for batch in range(33, 65):  # not again in this process, whatever the last batch has
+        online.ensure_works([replace(WORK, batch=batch)], CPU, H100, "on_miss", failing)
+    assert tries == [WORK]
     assert choice.choose(H100, WORK).origin == ANALYTIC
     monkeypatch.setenv("TRITON_BNLSTM_AUTOTUNE_SECONDS", "long")
     with pytest.warns(RuntimeWarning, match="TRITON_BNLSTM_AUTOTUNE_SECONDS must be a number"):
         ensure("on_miss", replace(WORK, hidden=256))
+    assert made == []
 
 
 def test_the_time_cap_is_the_users(monkeypatch):
@@ -231,7 +236,8 @@ def test_works_of_a_layers_call(monkeypatch, options, lengths, expected):
     assert mode == "on_miss"
     assert {work.kernel: work.flags for work in works if work.kernel != "moments"} == expected
     assert {work.directions for work in works} == {1 + layer.bidirectional}
-    assert {(work.columns, work.flags) for work in works if work.kernel == "moments"} == {(2, ("centre",)), (20, ())}
+    moments = {(work.columns, work.flags) for work in works if work.kernel == "moments"}
+    assert moments == {(2, ("centre",)), (20, ()), (5, ("before", "centre"))}
     # what is looked up when it runs is what was asked for
     looked_up = set()
     monkeypatch.setattr(choice, "tuned", lambda device, work: looked_up.add(work))
@@ -378,7 +384,7 @@ class FakeStore(dict):
 
 def test_a_rank_waits_as_long_as_rank_0_may_take():
     clock, store, identity = Clock(), FakeStore(), Identity.of(H100)
-    answers = ranks.Answers(store)
+    answers = ranks.Answers(store, 1)
 
     def wait(seconds, happens):
         def sleep(_):
@@ -387,31 +393,41 @@ def test_a_rank_waits_as_long_as_rank_0_may_take():
                 happens[clock.now]()
 
         clock.now = 0.0
-        return answers.wait("a", WORK.key, identity, seconds, clock=clock, sleep=sleep)
+        return answers.wait("a", WORK, identity, seconds, clock=clock, sleep=sleep)
 
     layout = entry().layout
     begin, give = lambda: answers.begin("a"), lambda: answers.give("a", identity, layout)
-    assert wait(60, {5.0: begin, 100.0: give}) == layout
+    assert wait(60, {5.0: begin, 100.0: give}) == (layout, True)
     store.clear()
-    assert wait(60, {5.0: begin, 10.0: lambda: answers.give("a", identity, None)}) is None
+    assert wait(60, {5.0: begin, 10.0: lambda: answers.give("a", identity, None)}) == (None, True)
+    store.clear()
+    assert wait(60, {3.0: lambda: answers.later("a")}) == (None, False)  # to be asked again
+    assert clock.now == 3
+    assert wait(60, {2.0: begin, 3.0: give}) == (None, False)
+    answers.give("a", identity, layout)
+    assert wait(60, {}) == (layout, True)
+    assert clock.now == 0
     store.clear()
     with pytest.warns(RuntimeWarning, match="rank 0 has not decided"):
-        assert wait(60, {}) is None
+        assert wait(60, {}) == (None, True)
     assert clock.now == pytest.approx(ranks.BEGIN_SECONDS, abs=2)
+    # one silence is enough: nothing that follows is waited for, unless rank 0 is at work on it
+    assert wait(60, {}) == (None, True)  # a second warning would be an error
+    assert clock.now <= 1
+    store["a"] = b"begun"
+    assert wait(60, {100.0: give}) == (layout, True)
+    store.clear()
+    ranks._silent.clear()
     errors._told.clear()
     with pytest.warns(RuntimeWarning, match="rank 0 has not decided"):
-        assert wait(60, {5.0: begin}) is None
+        assert wait(60, {5.0: begin}) == (None, True)
     assert clock.now == pytest.approx(ranks.BEGIN_SECONDS + 60 + ranks.END_SECONDS, abs=2)
-    store.clear()
-    store["a"] = b"{"
-    assert wait(60, {}) is None
+    for told in (b"{", b"[]", b'{"device": {}}', b'{"device": 1, "layout": null}'):
+        store["a"] = told
+        errors._told.clear()
+        with pytest.warns(RuntimeWarning, match="rank 0's layout of forward .* cannot be read"):
+            assert wait(60, {}) == (None, True)
 
 
 def test_one_process_alone_asks_nobody():
     assert ranks.rank() is None
-
-
-def test_a_question_has_a_name_of_its_own(monkeypatch):
-    monkeypatch.setattr(ranks, "_asked", {})
-    key = Work("forward", 512, 64, 1, torch.bfloat16).key
-    assert len({ranks.question(key, mode) for mode in ("on_miss", "on_miss", "force")}) == 3

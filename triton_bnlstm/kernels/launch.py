@@ -91,7 +91,7 @@ def moments(
         run_in(explicit)
         return found
     device = device_of(x.device)
-    work = Work.of_moments(columns, rows.batch, directions, x.dtype, centre=centred is not None)
+    work = Work.of_moments(columns, rows.batch, directions, x.dtype, centre=centred is not None, before=before)
     tuned = choice.tuned(device, work)
     if isinstance(tuned, MomentsConfig):
         try:

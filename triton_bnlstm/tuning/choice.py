@@ -19,12 +19,12 @@ from . import shipped, space
 from .device import Identity, is_stale
 from .entry import MEASURED, Entry
 from .store import Store, cache_directory
-from .work import Layout, Work
+from .work import Key, Layout, Work
 
 logger = logging.getLogger("triton_bnlstm.tuning")
 
 CACHE, SHIPPED, ANALYTIC, RANK_0 = "cache", "shipped", "analytic", "rank 0"
-# Different works of one process before the memo starts anew: batches of every size must not fill the memory.
+# Different works, and lines told, of one process before these start anew: batches of all sizes must not fill memory.
 _MOST_KNOWN = 4096
 
 
@@ -46,7 +46,9 @@ class Choice(NamedTuple):
 
 _lock = RLock()
 _memo: dict[tuple[Device, Work], Choice] = {}
+_decided: dict[tuple[Device, Key], Choice] = {}  # by this process's tuning, or by rank 0: for all works of a key
 _stores: dict[tuple[str, Identity], Store] = {}
+_forgotten = 0  # how often
 _told: set[str] = set()
 _analytic_only: ContextVar[bool] = ContextVar("triton_bnlstm_analytic_only", default=False)
 
@@ -56,6 +58,8 @@ def inform_once(message: str) -> None:
     with _lock:
         if message in _told:
             return
+        if len(_told) >= _MOST_KNOWN:
+            _told.clear()
         _told.add(message)
     logger.info(message)
 
@@ -88,28 +92,33 @@ def choose(device: Device, work: Work) -> Choice:
     if known is None:
         with _lock:
             known = _look_up(device, work)
-            remember(device, work, known)
+            _remember(device, work, known)
     return known
 
 
-def remember(device: Device, work: Work, choice: Choice) -> None:
-    """What this process takes from now on."""
+def _remember(device: Device, work: Work, choice: Choice) -> None:
     with _lock:
         if len(_memo) >= _MOST_KNOWN:
             _memo.clear()
         _memo[device, work] = choice
 
 
+def decide(device: Device, key: Key, choice: Choice) -> None:
+    """What this process takes for all works of a key, where it can run: before the cache, until `forget`."""
+    with _lock:
+        _decided[device, key] = choice
+        for known in [each for each in _memo if each[0] == device and each[1].key == key]:
+            del _memo[known]
+
+
 def _look_up(device: Device, work: Work) -> Choice:
     key = work.key
+    decided = _decided.get((device, key))
+    if decided is not None and _fits(device, work, decided.layout, decided.origin):
+        return decided
     for origin in (CACHE, SHIPPED):
         entry = store_of(device).get(key) if origin == CACHE else shipped.get(Identity.of(device), key)
-        if entry is None:
-            continue
-        reason = space.why_not(device, work, entry.layout)
-        if reason is not None:
-            size = f"H={work.hidden}, B={work.batch}"
-            inform_once(f"{key}: the layout from the {origin} is not used for {size}: {reason}")
+        if entry is None or not _fits(device, work, entry.layout, origin):
             continue
         if entry.how == MEASURED and is_stale(entry.by):
             inform_once(
@@ -118,6 +127,15 @@ def _look_up(device: Device, work: Work) -> Choice:
             )
         return Choice(entry.layout, origin, entry)
     return Choice(space.analytic(device, work), ANALYTIC)
+
+
+def _fits(device: Device, work: Work, layout: Layout, origin: str) -> bool:
+    """Whether a key's layout can run for this work; says so if not."""
+    reason = space.why_not(device, work, layout)
+    if reason is not None:
+        size = f"D={work.columns}" if work.kernel == "moments" else f"H={work.hidden}"
+        inform_once(f"{work.key}: the layout from the {origin} is not used for {size}, B={work.batch}: {reason}")
+    return reason is None
 
 
 def tuned(device: Device, work: Work) -> Layout | None:
@@ -130,13 +148,24 @@ def reject(device: Device, work: Work, reason: str) -> None:
     """A layout does not run after all: this process takes the analytic one from now on, and says so once."""
     found = choose(device, work)
     tell_once(f"the layout of {work.key} from the {found.origin} does not run here ({reason}): the default is taken")
-    remember(device, work, Choice(space.analytic(device, work), ANALYTIC))
+    _remember(device, work, Choice(space.analytic(device, work), ANALYTIC))
+
+
+def times_forgotten() -> int:
+    """How often this process has called `forget`."""
+    return _forgotten
 
 
 def forget() -> None:
-    """Look everything up anew: what other processes have tuned since, or another cache."""
+    """Look everything up anew: what other processes have tuned since, or another cache.
+
+    With `autotune="on_miss"` or "force" each key is a new question, too. Ranks that are to agree forget together.
+    """
+    global _forgotten
     with _lock:
+        _forgotten += 1
         _memo.clear()
+        _decided.clear()
         _stores.clear()
         _told.clear()
         shipped.of_device.cache_clear()

@@ -282,8 +282,6 @@ def tune(arguments: argparse.Namespace) -> int:
     wanted = [Wanted(batch, each, kernels) for batch in batches for each in lengths]
     all_works = [work for layer in layers for each in wanted for work in models.works_of(layer, each)]
     works = models.without_doubles(all_works)
-    if not works:
-        raise Failure("there is nothing to tune: the moments of one column need no layout", USAGE)
     if any(layer.numbers == "fp32" for layer in layers):
         print(_FLOAT32, file=sys.stderr)
     known = {work: store.get(work.key, again=True) for work in works}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from .device import Provenance
 from .work import Key, Layout, key_of_json, layout_as_json, layout_of_json
 
 MODELLED, MEASURED = "modelled", "measured"
+_MOST = 1 << 31  # of any size in a file
 
 
 class Candidate(NamedTuple):
@@ -47,7 +48,7 @@ class Candidate(NamedTuple):
         for name, value in (("us", us), ("default_us", standard)):
             if value is not None and not _is_time(value):
                 raise ValueError(f"{name}: {value!r} is no time")
-        if type(rounds) is not int or not isinstance(failed, str):
+        if type(rounds) is not int or not 0 <= rounds < _MOST or not isinstance(failed, str):
             raise ValueError("rounds is a number, failed a text")
         return cls(layout_of_json(kernel, fields.get("layout")), us, standard, rounds, failed)
 
@@ -57,7 +58,8 @@ def _short(value: float | None) -> float | None:
 
 
 def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+    """Whether it is a number, not NaN and within reason: JSON has integers of any size."""
+    return type(value) in (int, float) and 0 < value < 1e15
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,14 @@ class Entry:
         if not isinstance(fields, dict):
             raise ValueError("an entry is an object")
         key = key_of_json(fields.get("key"))
-        how, at, case = fields.get("how"), fields.get("at"), fields.get("case", {})
+        how, case = fields.get("how"), fields.get("case", {})
+        at: Any = fields.get("at")
         candidates = fields.get("candidates", [])
         if how not in (MODELLED, MEASURED):
             raise ValueError(f"how: {how!r} is neither {MODELLED} nor {MEASURED}")
-        if not isinstance(at, int | float) or isinstance(at, bool) or not math.isfinite(at):
+        if not (_is_time(at) or (type(at) in (int, float) and at == 0)):  # 0: nobody has measured
             raise ValueError(f"at: {at!r} is no time")
-        if not isinstance(case, dict) or any(type(value) is not int for value in case.values()):
+        if not isinstance(case, dict) or any(type(each) is not int or abs(each) > _MOST for each in case.values()):
             raise ValueError("case: sizes are numbers")
         if not isinstance(candidates, list):
             raise ValueError("candidates: no list")
@@ -144,9 +147,10 @@ class Entry:
 def merged(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Two entries of one key as JSON: the later one, with what only the earlier one has tried.
 
-    Times of another Triton say nothing about this one's code: its candidates are left behind.
+    Times of another Triton say nothing about this one's code: its candidates are left behind. What says that it will be
+    measured in the future is from a clock that was wrong, and counts as the earliest: else nothing could replace it.
     """
-    older, newer = sorted((known, new), key=_when)
+    older, newer = sorted((known, new), key=_when)  # of equal ones the second is newer
     if _triton(older) != _triton(newer):
         return newer
     tried = _candidates(newer)
@@ -157,7 +161,7 @@ def merged(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def _when(entry: dict[str, Any]) -> float:
     at = entry.get("at")
-    return float(at) if isinstance(at, int | float) else 0.0
+    return float(at) if isinstance(at, int | float) and 0 < at <= time.time() else 0.0
 
 
 def _triton(entry: dict[str, Any]) -> str:

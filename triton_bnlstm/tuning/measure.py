@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -28,7 +29,11 @@ _MOMENTS_BOUND = 1e-4
 
 @contextmanager
 def _product_precision(work: Work, device: torch.device) -> Iterator[None]:
-    """float32 products are rounded to TF32 within it, or not, as the work has it; torch's switch is left as it was."""
+    """float32 products are rounded to TF32 within it, or not, as the work has it; torch's switch is left as it was.
+
+    The switch is the process's. It is touched only where it stands otherwise, which is never so before a layer's call:
+    that has its precision from the switch. `tune` and `verify` have a process of their own.
+    """
     if work.dtype != torch.float32 or launch.product_precision(work.dtype, device) == work.precision:
         yield
         return
@@ -95,8 +100,12 @@ class _Timed:
         try:
             # What one graph leaves, another may write over: they are replayed one after the other, for the time alone.
             # Other threads, which load data, may go on allocating: this capture is no affair of theirs.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                call()
+            # torch's own stream for captures belongs to one device, the first that captured: a graph of another one
+            # would be empty, of which torch only warns, and its replays would be fast.
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*CUDA Graph is empty", category=UserWarning)
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    call()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -278,15 +287,19 @@ class SaveBench(_DeviceBench):
 
 
 class MomentsBench(_DeviceBench):
-    """The input side's moments, of all steps in one call."""
+    """The moments kernel, of all steps in one call."""
 
     def __init__(self, work: Work, device: torch.device, steps: int) -> None:
         super().__init__(work, device, steps)
         rows = steps * work.batch
         generator = torch.Generator(device).manual_seed(0)
-        shape = (work.directions, rows, work.columns)
+        self.before = "before" in work.flags  # a step's rows are those before it: behind the last there are more
+        shape = (work.directions, rows + (work.batch if self.before else 0), work.columns)
         self.x = torch.randn(shape, generator=generator, device=device).to(work.dtype)
-        self.centred = torch.empty_like(self.x) if "centre" in work.flags else None
+        self.of_steps = self.x[:, :rows]
+        self.centred = (
+            torch.empty(self.of_steps.shape, dtype=work.dtype, device=device) if "centre" in work.flags else None
+        )
         first = torch.arange(steps + 1, dtype=torch.int64, device=device) * work.batch
         count = torch.full((steps,), work.batch, dtype=torch.int32, device=device)
         self.rows = Rows(first, count, steps, rows, work.batch)
@@ -298,7 +311,7 @@ class MomentsBench(_DeviceBench):
 
         def call() -> Tensor:
             with use_config(moments=moments):
-                return launch.moments(self.x, self.rows, self.centred)
+                return launch.moments(self.x, self.rows, self.centred, before=self.before)
 
         return call
 
@@ -309,7 +322,7 @@ class MomentsBench(_DeviceBench):
     def why_wrong(self, layout: Layout) -> str | None:
         """See `_DeviceBench`."""
         found = self.call_of(layout)()
-        steps = self.x.double().unflatten(1, (self.steps, self.work.batch))
+        steps = self.of_steps.double().unflatten(1, (self.steps, self.work.batch))
         mean = steps.mean(2)
         expected = torch.stack([mean, (steps - mean[:, :, None]).square().mean(2)])
         error = relative_error(found, expected)

@@ -81,9 +81,12 @@ def works_of(layer: Layer, wanted: Wanted) -> Iterator[Work]:
         if kernel != "moments":
             flags = tuple(name for name in FLAGS[kernel] if given[name])
             yield Work(kernel, layer.hidden, wanted.batch, layer.directions, dtype, precision, flags)
-        elif layer.columns > 1:  # moments of one column cost nothing
+            continue
+        if layer.columns > 1:  # moments of one column cost nothing
             yield Work.of_moments(layer.columns, wanted.batch, layer.directions, dtype, centre=True)
             yield Work.of_moments(4 * layer.hidden, wanted.batch, layer.directions, dtype, centre=False)
+        # of h, in the backward
+        yield Work.of_moments(layer.hidden, wanted.batch, layer.directions, dtype, centre=True, before=True)
 
 
 def without_doubles(works: Iterable[Work]) -> list[Work]:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,21 +24,40 @@ from ..kernels.config import (
 )
 from ..kernels.errors import tell_once
 from ..reference import Call
-from . import choice, ranks, space
+from . import choice, ranks
 from .choice import CACHE, RANK_0, Choice
 from .device import Identity, provenance_of
 from .entry import Entry
 from .mode import why_not_now
 from .store import Store, locked
 from .tuner import Bench, Tell, nobody, tune
-from .work import FLAGS, Work
+from .work import FLAGS, Key, Work
 
 SECONDS_VARIABLE = "TRITON_BNLSTM_AUTOTUNE_SECONDS"
 SECONDS = 60.0  # of each kernel
 
 MakeBench = Callable[[Work, torch.device], Bench]
-# Works that this process has measured, or has tried to.
-_done: set[tuple[str, Device, Work]] = set()
+
+
+class _Question(NamedTuple):
+    """What is decided once in a process: for all works of a key, be it that nothing was found.
+
+    forgotten: see `choice.times_forgotten`. group: see `ranks.group`.
+    """
+
+    forgotten: int
+    group: int | None
+    mode: str
+    numbers: Device
+    key: Key
+
+    @property
+    def name(self) -> str:
+        """The same on all ranks that ask the same."""
+        return f"{self.forgotten}/{self.mode}/{self.key}"
+
+
+_done: set[_Question] = set()
 
 
 def device_bench(work: Work, device: torch.device) -> Bench:
@@ -95,7 +115,8 @@ def works_of(calls: list[Call], precision: str, *, gradients: bool, save: bool =
         if columns > 1:  # moments of one column cost nothing
             found.append(Work.of_moments(columns, packing.batch, directions, dtype, centre=True))
             found.append(Work.of_moments(4 * hidden, packing.batch, directions, dtype, centre=False))
-    if gradients:
+    if gradients:  # moments of h are for the gradient of W_hh, and for making W_hh h again
+        found.append(Work.of_moments(hidden, packing.batch, directions, dtype, centre=True, before=True))
         found.append(_recurrent("backward", calls, precision))
     if save:  # last: with the layouts that have been found for both
         found.append(work_of_save(calls, precision))
@@ -122,7 +143,7 @@ def ensure(calls: list[Call], precision: str, mode: str, *, gradients: bool, sav
 def ensure_works(
     works: list[Work], device: torch.device, numbers: Device, mode: str, make: MakeBench = device_bench
 ) -> None:
-    """Tune these works, those that nobody has measured with "on_miss", each once in this process with "force".
+    """Tune these works, those that nobody has measured with "on_miss", each key once in this process with "force".
 
     Args:
         works: which.
@@ -130,55 +151,59 @@ def ensure_works(
         mode: "on_miss" or "force".
         make: makes the bench that measures.
     """
+    group = ranks.group()
     for work in works:
-        if (mode, numbers, work) in _done:
+        if mode == "on_miss" and group is None and choice.choose(numbers, work).measured:
             continue
-        if mode == "on_miss" and ranks.rank() is None and choice.choose(numbers, work).measured:
+        question = _Question(choice.times_forgotten(), group, mode, numbers, work.key)
+        if question in _done:
             continue
-        reason = why_not_now(device)
-        if reason is not None:
-            known = choice.choose(numbers, work).origin
-            choice.inform_once(f"{work.key} is not tuned now, since {reason}: its layout is that from the {known}")
-            continue
-        _done.add((mode, numbers, work))
         try:
-            _decide(work, device, numbers, mode, make)
+            final = _decide(question, work, device, make)
         except (RuntimeError, ValueError, OSError) as error:
+            final = True
             tell_once(f"{work.key} could not be tuned ({error}): its layout stays as it is")
+        if final:
+            _done.add(question)
 
 
-def _decide(work: Work, device: torch.device, numbers: Device, mode: str, make: MakeBench) -> None:
-    """Alone, or as rank 0 says."""
-    rank, identity, seconds = ranks.rank(), Identity.of(numbers), seconds_allowed()
+def _decide(question: _Question, work: Work, device: torch.device, make: MakeBench) -> bool:
+    """Alone, or as rank 0 says. Whether that is final."""
+    numbers, rank, reason = question.numbers, ranks.rank(), why_not_now(device)
+    if reason is not None:
+        origin = choice.choose(numbers, work).origin
+        choice.inform_once(f"{work.key} is not tuned now, since {reason}: its layout is that from the {origin}")
+        if rank == 0:
+            ranks.Answers.of_the_group().later(question.name)
+        return False
     if rank is None:
-        _tune_if_needed(work, device, numbers, mode, make, seconds)
-        return
-    name, answers = ranks.question(work.key, mode), ranks.Answers.of_the_group()
+        _tune_if_needed(question, work, device, make)
+        return True
+    answers, identity = ranks.Answers.of_the_group(), Identity.of(numbers)
     if rank > 0:
-        layout = answers.wait(name, work.key, identity, seconds)
-        if layout is not None and space.why_not(numbers, work, layout) is None:
+        answer = answers.wait(question.name, work, identity, seconds_allowed())
+        if answer.layout is not None:
             known = choice.choose(numbers, work)
-            entry = known.entry if known.layout == layout else None
-            choice.remember(numbers, work, Choice(layout, RANK_0, entry))
-        return
-    answers.begin(name)
-    layout = None
+            entry = known.entry if known.layout == answer.layout else None
+            choice.decide(numbers, work.key, Choice(answer.layout, RANK_0, entry))
+        return answer.final
+    answers.begin(question.name)
     try:
-        _tune_if_needed(work, device, numbers, mode, make, seconds)
-        layout = choice.choose(numbers, work).layout
-    finally:
-        answers.give(name, identity, layout)
+        _tune_if_needed(question, work, device, make)
+    finally:  # be it that nothing was found: what this rank takes
+        answers.give(question.name, identity, choice.choose(numbers, work).layout)
+    return True
 
 
-def _tune_if_needed(
-    work: Work, device: torch.device, numbers: Device, mode: str, make: MakeBench, seconds: float
-) -> None:
-    if mode == "on_miss" and choice.choose(numbers, work).measured:
+def _tune_if_needed(question: _Question, work: Work, device: torch.device, make: MakeBench) -> None:
+    numbers, force = question.numbers, question.mode == "force"
+    if not force and choice.choose(numbers, work).measured:
         return
+    seconds = seconds_allowed()
     choice.inform_once(f"measuring layouts of {work.key} for at most {seconds:g} s")
     began = time.monotonic()
     with _bar(str(work.key), seconds) as tell:
-        entry = tune_work(work, device, numbers, make=make, seconds=seconds, force=mode == "force", tell=tell)
+        entry = tune_work(work, device, numbers, make=make, seconds=seconds, force=force, tell=tell)
     gain = f", {entry.gain:.2f} x the default's speed" if entry.gain else ""
     choice.inform_once(f"{work.key}: measured in {time.monotonic() - began:.1f} s{gain}")
 
@@ -248,6 +273,5 @@ def tune_work(
             if entry is not known:
                 store.put(entry)
             known = entry
-    if space.why_not(numbers, work, known.layout) is None:
-        choice.remember(numbers, work, Choice(known.layout, CACHE, known))
+    choice.decide(numbers, work.key, Choice(known.layout, CACHE, known))
     return known

@@ -26,6 +26,7 @@ _FLAGS = {
     "fill": "lengths given as a tensor on the device",
     "narrow": "one input column",
     "centre": "of the input x",
+    "before": "of the states h instead, for the gradient of W_hh",
 }
 # Where nobody says how wide the screen is: a file, a pipe.
 _WIDTH = 120

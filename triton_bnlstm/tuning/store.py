@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from ..kernels.errors import tell_once
@@ -66,7 +68,10 @@ def read_file(path: Path, identity: Identity | None = None) -> Raw:
         OSError: it cannot be read.
     """
     try:
-        text = path.read_bytes()
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError("it is not a regular file")
+            text = file.read()
     except (FileNotFoundError, NotADirectoryError):
         return {}
     try:
@@ -83,6 +88,11 @@ def read_file(path: Path, identity: Identity | None = None) -> Raw:
     if not isinstance(entries, dict) or any(not isinstance(each, dict) for each in entries.values()):
         raise Foreign("it has no entries")
     return entries
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Without waiting for somebody to write, where it is a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def write_file(path: Path, identity: Identity, kernel: str, entries: Raw) -> None:
@@ -154,7 +164,7 @@ def locked(path: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
 class Store:
     """Tuned layouts of one device.
 
-    What cannot be written stays in memory, and so for this process only.
+    What cannot be written stays in memory, and so for this process only, unless a later write succeeds.
 
     Args:
         identity: whose.
@@ -163,7 +173,8 @@ class Store:
 
     def __init__(self, identity: Identity, root: Path | None) -> None:
         self.identity, self.root = identity, root
-        self._memory: dict[str, Raw] = {}
+        self._lock = RLock()
+        self._unsaved: dict[str, Raw] = {}  # what this process has put, and could not write
         self._read: dict[str, Raw] = {}
 
     @property
@@ -179,7 +190,7 @@ class Store:
         """Entries of a kernel as JSON, from its file and from memory. again: look into the file even if known."""
         if again or kernel not in self._read:
             self._read[kernel] = self._load(kernel)
-        return {**self._read[kernel], **self._memory.get(kernel, {})}
+        return _with(self._read[kernel], self._unsaved.get(kernel, {}))
 
     def _load(self, kernel: str) -> Raw:
         path = self.path(kernel)
@@ -194,9 +205,11 @@ class Store:
             return {}
 
     def _set_aside(self, path: Path, error: Foreign) -> Raw:
-        """Rename a file that is not one of ours, unless somebody has done so by now."""
+        """Rename a file that is not one of ours, unless somebody has done so by now, or is writing: a lookup waits for
+        nobody.
+        """
         try:
-            with locked(path):
+            with locked(path, 0):
                 return self._whole(path)
         except OSError as why:
             tell_once(f"{path} is of no use ({error}), and cannot be renamed ({why}): it is left alone")
@@ -232,42 +245,52 @@ class Store:
 
     def put(self, entry: Entry) -> bool:
         """Keep an entry, merged with what others have written meanwhile. Whether it is on the disk."""
-        text, kernel = str(entry.key), entry.key.kernel
-        told = entry.as_json()
-
-        def add(entries: Raw) -> Raw:
-            known = entries.get(text)
-            try:
-                if known is not None:
-                    Entry.of_json(known)
-            except ValueError:
-                known = None  # nothing of it can be trusted
-            return {**entries, text: told if known is None else merged(known, told)}
-
-        return self.change(kernel, add)
-
-    def change(self, kernel: str, how: Callable[[Raw], Raw]) -> bool:
-        """Apply a change to a kernel's entries as they are on the disk now. Whether it is on the disk.
-
-        how: from entries to entries; applied to those of this process, too, where the disk cannot be written.
-        """
-        path = self.path(kernel)
+        kernel, new = entry.key.kernel, {str(entry.key): entry.as_json()}
+        with self._lock:
+            waiting = self._unsaved[kernel] = _with(self._unsaved.get(kernel, {}), new)
         try:
-            if path is None:
-                raise OSError("there is no folder for it")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with locked(path):
-                _remove_abandoned(path)
-                entries = how({**self._whole(path), **self._memory.get(kernel, {})})
-                write_file(path, self.identity, kernel, entries)
-            self._read[kernel], self._memory[kernel] = entries, {}
+            self._write(kernel, lambda entries: entries)
         except OSError as error:
             if self.root is not None:
                 tell_once(f"tuned layouts cannot be kept in {self.root} ({error}): they last for this process only")
-            self._memory[kernel] = how(self.raw(kernel))
-            self._read[kernel] = {}
             return False
+        with self._lock:
+            left = {text: told for text, told in self._unsaved[kernel].items() if told is not waiting.get(text)}
+            self._unsaved[kernel] = left
         return True
+
+    def change(self, kernel: str, how: Callable[[Raw], Raw]) -> None:
+        """Apply a change to a kernel's entries as they are on the disk now.
+
+        Raises:
+            OSError: they cannot be written; nothing has changed.
+        """
+        self._write(kernel, how)
+
+    def _write(self, kernel: str, how: Callable[[Raw], Raw]) -> None:
+        path = self.path(kernel)
+        if path is None:
+            raise OSError("there is no folder for it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path):
+            _remove_abandoned(path)
+            entries = how(_with(self._whole(path), self._unsaved.get(kernel, {})))
+            write_file(path, self.identity, kernel, entries)
+        self._read[kernel] = entries
+
+
+def _with(entries: Raw, more: Raw) -> Raw:
+    """Entries with more of them: of two of one key what `merged` says, unless the first cannot be understood."""
+    found = dict(entries)
+    for text, told in more.items():
+        known = entries.get(text)
+        try:
+            if known is not None:
+                Entry.of_json(known)
+        except ValueError:
+            known = None  # nothing of it can be trusted
+        found[text] = told if known is None else merged(known, told)
+    return found
 
 
 def _remove_abandoned(path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -273,14 +274,16 @@ def clear(arguments: argparse.Namespace) -> int:
             if not (folder / f"{kernel}.json").exists():
                 continue
             gone: list[int] = []
-            if store.change(kernel, lambda entries, kernel=kernel, gone=gone: _kept(entries, kernel, arguments, gone)):  # type: ignore[misc]
-                removed += sum(gone)
+            how = partial(_kept, kernel=kernel, arguments=arguments, gone=gone)
+            try:
+                store.change(kernel, how)
+            except OSError as error:
+                screens.complain(f"{folder / kernel}.json could not be changed ({error})")
+                failed.append(f"{folder / kernel}.json")
             else:
-                failed.append(str(folder / f"{kernel}.json"))
+                removed += sum(gone)
         if arguments.all:
             files += _sweep(folder)
-    for path in failed:
-        screens.complain(f"{path} could not be changed")
     if arguments.json:
         told = {"cache": None if root is None else str(root), "removed": removed, "other_files": files}
         screens.write_json({**told, "failed": failed})
@@ -306,9 +309,11 @@ def _kept(entries: Raw, kernel: str, arguments: argparse.Namespace, gone: list[i
 
 
 def _sweep(folder: Path) -> int:
-    """Remove set-aside, temporary, lock and empty files of a device that no other process is at work on. How many.
+    """Remove set-aside, temporary and empty files of a device that no other process is at work on. How many.
 
-    Set-aside and temporary files are counted: locks and empty files come and go by themselves.
+    Set-aside and temporary files are counted: empty files come and go by themselves. The locks of the cache's files
+    stay: who waits for one that is removed would hold it beside whoever makes it anew. With those of measuring all
+    that could happen is that two processes measure the same.
     """
     counted = 0
     for path in folder.glob("*.corrupt-*"):
@@ -323,18 +328,10 @@ def _sweep(folder: Path) -> int:
                 counted += 1
             if not read_file(path):
                 path.unlink(missing_ok=True)
-            _remove(path.with_name(f"{path.name}.lock"))
     measuring = folder / "measuring"
     for lock in measuring.glob("*.lock"):
         with suppress(OSError), locked(lock.with_suffix(""), 0):
-            _remove(lock)
-    for empty in (measuring, folder, folder.parent):
-        with suppress(OSError):
-            empty.rmdir()
-    return counted
-
-
-def _remove(lock: Path) -> None:
-    """A lock's file, by who holds it. Where the system forbids that, it stays: it holds nothing."""
+            lock.unlink()
     with suppress(OSError):
-        lock.unlink()
+        measuring.rmdir()
+    return counted

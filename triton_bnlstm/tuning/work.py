@@ -31,12 +31,12 @@ Layout = Config | MomentsConfig | SaveConfig
 # "save" is no kernel but a training step of several: whether its forward keeps what its backward needs.
 KERNELS = ("forward", "backward", "inference", "moments", "save")
 # Compiled into a kernel, of each: cell norm; x is one column; unequal lengths leave seats, which the population takes;
-# rows that are not live are written too; deviations are written.
+# rows that are not live are written too; a step's rows are the states before it; deviations are written.
 FLAGS = {
     "forward": ("cell_norm", "narrow", "seats"),
     "backward": ("cell_norm", "fill", "narrow"),
     "inference": ("cell_norm", "narrow"),
-    "moments": ("centre",),
+    "moments": ("before", "centre"),
     "save": ("cell_norm", "fill", "narrow", "seats"),
 }
 LAYOUTS: dict[str, type[Layout]] = {
@@ -166,9 +166,12 @@ class Work:
     columns: int = 0
 
     @classmethod
-    def of_moments(cls, columns: int, batch: int, directions: int, dtype: torch.dtype, *, centre: bool) -> Work:
-        """Moments of x [dirs, R, columns]."""
-        return cls("moments", 0, batch, directions, dtype, "ieee", ("centre",) if centre else (), columns)
+    def of_moments(
+        cls, columns: int, batch: int, directions: int, dtype: torch.dtype, *, centre: bool, before: bool = False
+    ) -> Work:
+        """Moments of x [dirs, R, columns]; before: of states [dirs, B + R, columns], of the rows before each step."""
+        flags = tuple(name for name, given in (("before", before), ("centre", centre)) if given)
+        return cls("moments", 0, batch, directions, dtype, "ieee", flags, columns)
 
     @property
     def key(self) -> Key:
