@@ -205,8 +205,8 @@ def test_tune_measures_keeps_and_tells(capsys, root, h100):
     lines = out.splitlines()
     assert [line.split()[0] for line in lines] == ["forward", "backward", "inference", *3 * ["moments"]]
     assert all("µs" in line and "tried" in line for line in lines)
-    assert err.startswith("5 kernels, at most 100 s\n1/5 forward bf16 H64 B32 x1: at most 20 s\n")
-    assert len(err.splitlines()) == 6
+    assert err.startswith("6 kernels, at most 2 min\n1/6 forward bf16 H64 B32 x1: at most 20 s\n")
+    assert len(err.splitlines()) == 7
     work = Work("forward", 64, 32, 1, torch.bfloat16)
     entry = Store(Identity.of(H100), root).get(work.key)
     assert entry is not None
