@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import subprocess
-import sys
-import textwrap
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from tests.support.tuning import CPU, H100, WORK, Clock, FakeBench, entry
+from tests.support.tuning import CPU, H100, WORK, FakeBench, entry
 from triton_bnlstm import BNLSTM
 from triton_bnlstm.kernels import errors
 from triton_bnlstm.tuning import choice, online, ranks, shipped
@@ -208,6 +205,35 @@ def test_two_threads_or_processes_measure_one_thing_once(cache):
     assert found[0] == found[1]
 
 
+def test_what_another_process_has_found_meanwhile_is_read_again(cache):
+    """Before anything is measured, under the lock, whatever this process read earlier."""
+    mine, other = (Store(Identity.of(H100), cache) for _ in range(2))
+    assert mine.get(WORK.key) is None
+    assert other.put(entry())
+
+    def make(work, device):
+        pytest.fail("measured")
+
+    assert online.tune_work(WORK, CPU, H100, make=make, store=mine) == entry()
+    measuring, late = threading.Event(), Store(Identity.of(H100), cache / "late")
+    alone = online._alone
+
+    @contextmanager
+    def waiting(store, work, seconds):
+        measuring.set()  # it is about to wait
+        with alone(store, work, seconds):
+            yield
+
+    found = []
+    with alone(late, WORK, 5), mock.patch.object(online, "_alone", waiting):
+        thread = threading.Thread(target=lambda: found.append(online.tune_work(WORK, CPU, H100, make=make, store=late)))
+        thread.start()
+        assert measuring.wait(30)
+        Store(Identity.of(H100), cache / "late").put(entry())
+    thread.join(30)
+    assert found == [entry()]
+
+
 # What a layer's call asks for
 
 
@@ -293,141 +319,3 @@ def test_what_is_saved_is_what_was_found_faster(monkeypatch):
     with torch.no_grad():
         layer(x)
     assert saved == ["preactivations", "recompute", "preactivations", None]
-
-
-# Ranks
-
-RANK = textwrap.dedent(
-    """
-    import os, sys, time, json, warnings
-    from dataclasses import replace
-    from datetime import timedelta
-    import torch, torch.distributed as dist
-    from tests.support.tuning import H100, A100, WORK, CPU, FakeBench
-    from triton_bnlstm.tuning import online, choice, ranks, shipped
-    shipped.get = lambda identity, key: None
-    rank, size, port, what = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    os.environ["TRITON_BNLSTM_CACHE_DIR"] += f"/{rank}"  # each host its own
-    store = dist.TCPStore("127.0.0.1", port, size, rank == 0, timedelta(seconds=60))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    made = []
-    def make(work, device):
-        # every rank would find another layout to be the fastest
-        order = lambda layout: 4 + (hash((layout, rank)) % 1000) / 100
-        made.append(FakeBench(work, time=order))
-        return made[-1]
-    numbers = A100 if what == "mixed" and rank > 0 else H100
-    works = [WORK, replace(WORK, hidden=1024)]
-    if what == "alone" and rank > 0:
-        ranks.BEGIN_SECONDS = 0.5
-        works.append(replace(WORK, hidden=2048))  # which rank 0 never needs
-    if what == "known":  # the others have tuned before, and know better
-        from tests.support.tuning import entry
-        if rank > 0:
-            choice.store_of(numbers).put(entry())
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        for work in works:
-            online.ensure_works([work], CPU, numbers, "on_miss", make)
-    found = [repr(choice.choose(numbers, work).layout) for work in works]
-    print(json.dumps({"rank": rank, "found": found, "made": len(made), "told": [str(w.message) for w in told]}))
-    dist.barrier()
-    dist.destroy_process_group()
-    """
-)
-
-
-@pytest.mark.parametrize(("size", "what"), [(4, "same"), (2, "known"), (2, "alone"), (2, "mixed")])
-def test_rank_0_decides_for_all(tmp_path, size, what):
-    """By answers in the group's store, so that no rank waits for one that never asks."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "TRITON_BNLSTM_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment |= {"PYTHONHASHSEED": "0"}
-    command = [sys.executable, "-c", RANK]
-    ranked = [[*command, str(rank), str(size), str(port), what] for rank in range(size)]
-    processes = [subprocess.Popen(each, stdout=subprocess.PIPE, text=True, env=environment) for each in ranked]
-    try:
-        answers = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    zero, *others = answers
-    assert zero["made"] == 2
-    assert zero["told"] == []
-    for other in others:
-        assert other["made"] == 0  # nobody else measures
-        if what == "mixed":
-            assert other["found"] != zero["found"]
-            assert "rank 0 has another kind of device" in other["told"][0]
-        else:
-            assert other["found"][:2] == zero["found"]
-        if what == "alone":
-            assert any("rank 0 has not decided about forward bfloat16 H2048" in text for text in other["told"])
-        if what in ("same", "known"):
-            assert other["told"] == []
-
-
-class FakeStore(dict):
-    def set(self, name, value):
-        self[name] = value.encode()
-
-    def check(self, names):
-        return all(name in self for name in names)
-
-    def get(self, name):
-        return self[name]
-
-
-def test_a_rank_waits_as_long_as_rank_0_may_take():
-    clock, store, identity = Clock(), FakeStore(), Identity.of(H100)
-    answers = ranks.Answers(store, 1)
-
-    def wait(seconds, happens):
-        def sleep(_):
-            clock.now += 1
-            if clock.now in happens:
-                happens[clock.now]()
-
-        clock.now = 0.0
-        return answers.wait("a", WORK, identity, seconds, clock=clock, sleep=sleep)
-
-    layout = entry().layout
-    begin, give = lambda: answers.begin("a"), lambda: answers.give("a", identity, layout)
-    assert wait(60, {5.0: begin, 100.0: give}) == (layout, True)
-    store.clear()
-    assert wait(60, {5.0: begin, 10.0: lambda: answers.give("a", identity, None)}) == (None, True)
-    store.clear()
-    assert wait(60, {3.0: lambda: answers.later("a")}) == (None, False)  # to be asked again
-    assert clock.now == 3
-    assert wait(60, {2.0: begin, 3.0: give}) == (None, False)
-    answers.give("a", identity, layout)
-    assert wait(60, {}) == (layout, True)
-    assert clock.now == 0
-    store.clear()
-    with pytest.warns(RuntimeWarning, match="rank 0 has not decided"):
-        assert wait(60, {}) == (None, True)
-    assert clock.now == pytest.approx(ranks.BEGIN_SECONDS, abs=2)
-    # one silence is enough: nothing that follows is waited for, unless rank 0 is at work on it
-    assert wait(60, {}) == (None, True)  # a second warning would be an error
-    assert clock.now <= 1
-    store["a"] = b"begun"
-    assert wait(60, {100.0: give}) == (layout, True)
-    store.clear()
-    ranks._silent.clear()
-    errors._told.clear()
-    with pytest.warns(RuntimeWarning, match="rank 0 has not decided"):
-        assert wait(60, {5.0: begin}) == (None, True)
-    assert clock.now == pytest.approx(ranks.BEGIN_SECONDS + 60 + ranks.END_SECONDS, abs=2)
-    for told in (b"{", b"[]", b'{"device": {}}', b'{"device": 1, "layout": null}'):
-        store["a"] = told
-        errors._told.clear()
-        with pytest.warns(RuntimeWarning, match="rank 0's layout of forward .* cannot be read"):
-            assert wait(60, {}) == (None, True)
-
-
-def test_one_process_alone_asks_nobody():
-    assert ranks.rank() is None

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import stat
 import subprocess
 import sys
-import textwrap
 import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.support.tuning import BY, H100, WORK, entry
 from triton_bnlstm.kernels import errors
-from triton_bnlstm.kernels.config import Config
 from triton_bnlstm.tuning import store as stores
 from triton_bnlstm.tuning.device import Identity
-from triton_bnlstm.tuning.entry import Candidate, Entry, merged
+from triton_bnlstm.tuning.entry import Candidate, merged
 from triton_bnlstm.tuning.store import FORMAT, SCHEMA, Store, cache_directory, read_file
-from triton_bnlstm.tuning.work import FLAGS, KERNELS, Key, Work, hidden_bucket, key_of_json, power_bucket, source_hash
+from triton_bnlstm.tuning.work import KERNELS
 
 IDENTITY = Identity.of(H100)
 ROOT = Path(__file__).parents[1]
@@ -90,27 +86,37 @@ def test_times_of_another_triton_are_not_mixed():
 # Broken files
 
 
+def file_with(**changes):
+    """A file of ours but for some fields; None: without it."""
+    held = {"format": FORMAT, "schema": SCHEMA, "device": IDENTITY._asdict(), "kernel": "forward", "entries": {}}
+    return json.dumps({name: value for name, value in {**held, **changes}.items() if value is not None})
+
+
 @pytest.mark.parametrize(
-    "text",
+    ("text", "why"),
     [
-        "",
-        "{",
-        "[]",
-        "null",
-        "\x00\x01",
-        "[" * 100_000,
-        json.dumps({"format": "something else", "schema": 1, "entries": {}}),
-        json.dumps({"format": FORMAT, "schema": 99, "entries": {}}),
-        json.dumps({"format": FORMAT, "schema": SCHEMA, "entries": []}),
-        json.dumps({"format": FORMAT, "schema": SCHEMA, "entries": {"a": 1}}),
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("[]", "its format is not"),
+        ("null", "its format is not"),
+        ("\x00\x01", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("9" * 5000, "not JSON"),  # more digits than Python reads
+        (file_with(format="something else"), "its format is not"),
+        (file_with(schema=SCHEMA + 1), "its schema is 2, not 1"),
+        (file_with(schema=None), "its schema is None, not 1"),
+        (file_with(device=None), "another device"),
+        (file_with(entries=[]), "no entries"),
+        (file_with(entries={"a": 1}), "no entries"),
     ],
 )
-def test_a_file_that_is_not_ours_is_set_aside(store, text):
+def test_a_file_that_is_not_ours_is_set_aside(store, text, why):
     """Renamed, not deleted; one warning; and the work goes on."""
     path = store.path("forward")
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    with pytest.warns(RuntimeWarning, match=r"forward\.json is of no use .* it is now forward\.json\.corrupt-"):
+    aside = rf"forward\.json is of no use \(.*{why}.*\): it is now forward\.json\.corrupt-"
+    with pytest.warns(RuntimeWarning, match=aside):
         assert store.get(WORK.key) is None
     assert store.put(entry())  # a second warning would be an error
     (aside,) = path.parent.glob("*.corrupt-*")
@@ -153,11 +159,18 @@ def changed(**changes):
         changed(how="guessed"),
         changed(at="yesterday"),
         changed(at=float("nan")),
+        changed(at=10**400),
+        changed(at=-1),
+        changed(at=True),
         changed(candidates={}),
         changed(candidates=[1]),
         changed(candidates=[{"layout": entry().as_json()["layout"], "us": -1.0}]),
         changed(candidates=[{"layout": entry().as_json()["layout"], "us": float("inf")}]),
+        changed(candidates=[{"layout": entry().as_json()["layout"], "us": 10**400}]),
+        changed(candidates=[{"layout": entry().as_json()["layout"], "us": 1.0, "default_us": 10**400}]),
+        changed(candidates=[{"layout": entry().as_json()["layout"], "us": 1.0, "rounds": 10**400}]),
         changed(case={"hidden": "many"}),
+        changed(case={"hidden": 10**400}),
         changed(key__dtype="float8"),
         changed(key__flags=["colourful"]),
         changed(key__kernel="sideways"),
@@ -197,6 +210,41 @@ def test_a_file_of_another_device_is_set_aside(store):
 def test_an_entry_under_another_ones_key_is_not_used(store):
     store.change("forward", lambda entries: {str(WORK.key): entry(OTHER).as_json()})
     assert store.get(WORK.key) is None
+
+
+def test_an_entry_from_a_clock_that_was_wrong_is_replaced(store):
+    """What says that it is of the year 2286 must not stand for ever, as no entry would be later."""
+    store.put(entry(at=1e10, faster=1.1))
+    store.put(entry(at=1e9, faster=1.25))
+    assert anew(store).get(WORK.key) == entry(at=1e9, faster=1.25)
+    store.change("forward", lambda entries: {str(WORK.key): changed(at=10**400)})
+    store.put(entry())
+    assert anew(store).get(WORK.key) == entry()
+    assert merged(changed(at=1e10), changed(at=2e10))["at"] == 2e10  # of two such the new one
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
+def test_what_is_no_file_is_neither_waited_for_nor_renamed(store, make):
+    store.folder.mkdir(parents=True)
+    make(store.path("forward"))
+    with pytest.warns(RuntimeWarning, match=r"forward\.json cannot be read"):
+        assert store.get(WORK.key) is None
+    memory_only(store, "they last for this process only")
+    assert [path.name for path in store.folder.iterdir() if path.suffix == ".json"] == ["forward.json"]
+
+
+def test_a_lookup_waits_for_nobody(store):
+    """A broken file whose lock somebody holds is left alone: whoever writes sets it aside."""
+    from filelock import FileLock
+
+    store.put(entry())
+    store.path("forward").write_text("{")
+    began = time.monotonic()
+    with FileLock(f"{store.path('forward')}.lock"), pytest.warns(RuntimeWarning, match="it is left alone"):
+        assert anew(store).get(WORK.key) is None
+    assert time.monotonic() - began < stores.LOCK_SECONDS / 3
+    assert store.path("forward").read_text() == "{"
 
 
 # Folders that cannot be written
@@ -249,6 +297,50 @@ def test_a_disk_that_is_full(store, monkeypatch, call):
     assert anew(store).get(OTHER.key) == entry(OTHER)
 
 
+def test_after_a_write_that_failed_nothing_of_the_others_is_lost(store, monkeypatch):
+    """What could not be written is all that is remembered: not what others have replaced or removed since."""
+    third = entry(replace(WORK, batch=128))
+    store.put(entry(at=1.0, faster=1.1))
+    store.put(third)
+    mine = anew(store)
+    assert mine.get(WORK.key).gain == pytest.approx(1.1, rel=1e-3)  # it has read all
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(stores, "write_file", full)
+        with pytest.warns(RuntimeWarning, match="they last for this process only"):
+            assert not mine.put(entry(OTHER))
+    store.put(entry(at=2.0, faster=1.5))
+    store.change("forward", lambda entries: {k: v for k, v in entries.items() if k != str(third.key)})
+    fourth = entry(replace(WORK, batch=256))
+    assert mine.put(fourth)
+    for found in (mine, anew(store)):
+        assert found.get(WORK.key, again=True).gain == pytest.approx(1.5, rel=1e-3)
+        assert found.get(third.key) is None
+        assert found.get(OTHER.key) == entry(OTHER)
+        assert found.get(fourth.key) == fourth
+    # and what was not written is no better than what others have found later
+    with monkeypatch.context() as disk:
+        disk.setattr(stores, "write_file", full)
+        assert not mine.put(entry(at=3.0, faster=1.2))
+    assert mine.get(WORK.key).gain == pytest.approx(1.2, rel=1e-3)
+    store.put(entry(at=4.0, faster=1.6))
+    assert mine.get(WORK.key, again=True).gain == pytest.approx(1.6, rel=1e-3)
+    assert mine.put(entry(OTHER))
+    assert anew(store).get(WORK.key).gain == pytest.approx(1.6, rel=1e-3)
+
+
+def test_a_change_that_cannot_be_written_changes_nothing(store, monkeypatch):
+    store.put(entry())
+    with monkeypatch.context() as disk:
+        disk.setattr(store, "root", None)
+        with pytest.raises(OSError, match="no folder"):
+            store.change("forward", lambda entries: {})
+    assert store.get(WORK.key, again=True) == entry()
+
+
 def test_no_folder_is_known(monkeypatch):
     monkeypatch.delenv(stores.VARIABLE)
     monkeypatch.setitem(sys.modules, "platformdirs", None)
@@ -298,7 +390,7 @@ def test_a_lock_that_is_held_too_long(store, monkeypatch):
 
     original = stores.locked
 
-    def briefly(path):
+    def briefly(path, seconds=None):
         return original(path, 0.05)
 
     monkeypatch.setattr(stores, "locked", briefly)
@@ -315,188 +407,3 @@ def test_what_a_killed_writer_has_left_goes_after_an_hour(store):
     store.put(entry(OTHER))
     assert not old.exists()
     assert new.exists()
-
-
-# Keys
-
-
-def test_buckets():
-    """As the module's page has them."""
-    assert [hidden_bucket(h) for h in (1, 7, 16, 17, 100, 112, 113, 512, 513, 1000, 1024, 2000)] == [
-        *(1, 7, 16, 20, 112, 112, 128, 512, 640, 1024, 1024, 2048)
-    ]
-    assert [power_bucket(b) for b in (1, 16, 17, 64, 100)] == [16, 16, 32, 64, 128]
-    for hidden in range(1, 3000):
-        assert hidden <= hidden_bucket(hidden) <= max(16, 1.25 * hidden)
-        assert hidden_bucket(hidden_bucket(hidden)) == hidden_bucket(hidden)
-    assert replace(WORK, hidden=1000).key == replace(WORK, hidden=1024).key != WORK.key
-    assert replace(WORK, batch=50).key == WORK.key
-
-
-def test_keys_tell_apart_what_runs_differently():
-    works = [WORK, OTHER, replace(WORK, batch=65), replace(WORK, directions=2), replace(WORK, dtype=torch.float16)]
-    works += [replace(WORK, dtype=torch.float32, precision=p) for p in ("ieee", "tf32")]
-    works += [replace(WORK, flags=(flag,)) for flag in FLAGS["forward"]] + [replace(WORK, kernel="inference")]
-    works += [Work.of_moments(c, 64, 1, torch.bfloat16, centre=x) for c in (16, 64) for x in (True, False)]
-    assert len({work.key for work in works}) == len({str(work.key) for work in works}) == len(works)
-    for work in works:
-        assert key_of_json(json.loads(json.dumps(work.key.as_json()))) == work.key
-        assert Work.of_key(work.key).key == work.key
-
-
-def test_the_hash_is_of_the_code_not_of_its_comments(monkeypatch, tmp_path):
-    from triton_bnlstm.tuning import work as works
-
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "tuning").mkdir()
-    monkeypatch.setattr(works, "__file__", str(tmp_path / "tuning" / "work.py"))
-
-    def hashed(text):
-        for name in ("forward", "common", "barrier"):
-            (tmp_path / "kernels" / f"{name}.py").write_text(text)
-        source_hash.cache_clear()
-        return source_hash("forward")
-
-    try:
-        plain = hashed("def f(x):\n    return x + 1\n")
-        assert plain == hashed('"""A page."""\n\n\n# why\ndef f(x):\n    """What."""\n    return x + 1  # how\n')
-        assert plain == hashed("def f(x):\n\n    return (x + 1)\n".replace("(x + 1)", "x + 1"))
-        assert plain != hashed("def f(x):\n    return x + 2\n")
-        assert plain != hashed("def f(x):\n  if x:\n    return x + 1\n")
-    finally:
-        source_hash.cache_clear()
-    monkeypatch.undo()
-    assert source_hash("forward") != source_hash("backward") != source_hash("inference")
-
-
-def test_an_old_entry_of_other_code_is_another_key():
-    key = WORK.key._replace(source="0" * 12)
-    assert str(key) != str(WORK.key)
-    assert isinstance(key, Key)
-
-
-def test_entries_survive_json():
-    found = Entry.of_json(json.loads(json.dumps(entry().as_json())))
-    assert found == entry()
-    assert isinstance(found.layout, Config)
-
-
-# Many writers, and writers that are killed
-
-WRITER = textwrap.dedent(
-    """
-    import sys, time, warnings
-    warnings.simplefilter("error")
-    from dataclasses import replace
-    from pathlib import Path
-    from tests.support.tuning import H100, WORK, CPU, BY, FakeBench
-    from triton_bnlstm.tuning import online, choice
-    number, begin = int(sys.argv[1]), float(sys.argv[2])
-    works = [replace(WORK, hidden=512 * (1 + k % 4), batch=16 << (k // 4)) for k in range(16)]
-    online.provenance_of = lambda device: BY
-    print("ready", flush=True)
-    sys.stdin.readline()
-    def make(work, device):
-        return FakeBench(work, compiling=0.0)
-    # its own first, then those of all others: each is tuned by somebody, and everybody finds it
-    for work in works[number:] + works[:number]:
-        online.tune_work(work, CPU, H100, make=make, seconds=5.0)
-    print("done", flush=True)
-    """
-)
-
-
-def start(code, tmp_path, *arguments):
-    environment = {
-        **os.environ,
-        "TRITON_BNLSTM_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-    )
-
-
-def test_sixteen_processes_tune_and_write_at_once(tmp_path):
-    """Sixteen keys in one file: none is lost, whoever writes when, and each is measured once."""
-    processes = [start(WRITER, tmp_path, k, 0) for k in range(16)]
-    try:
-        for process in processes:
-            assert process.stdout.readline() == "ready\n"
-        for process in processes:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        for process in processes:
-            assert process.stdout.readline() == "done\n"
-            assert process.wait(60) == 0
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    entries = read_file(Store(IDENTITY, tmp_path).path("forward"))
-    assert len(entries) == 16
-    for told in entries.values():
-        found = Entry.of_json(told)
-        assert found.gain is None or found.gain >= 1
-        assert len(found.candidates) > 3
-    assert not list(tmp_path.rglob("*.corrupt*"))
-
-
-HAMMER = textwrap.dedent(
-    """
-    import sys
-    from dataclasses import replace
-    from pathlib import Path
-    from tests.support.tuning import H100, WORK, entry
-    from triton_bnlstm.tuning.device import Identity
-    from triton_bnlstm.tuning.store import Store
-    store = Store(Identity.of(H100), Path(sys.argv[1]))
-    print("ready", flush=True)
-    k = 0
-    while True:
-        k += 1
-        store.put(entry(replace(WORK, batch=16 << (k % 8)), at=float(k)))
-        print(k, flush=True)
-    """
-)
-
-
-def test_a_writer_may_be_killed_at_any_moment(tmp_path):
-    """After each kill the file is whole, has all that was reported as written, and can be written."""
-    processes = [start(HAMMER, tmp_path, tmp_path) for _ in range(2)]
-    store = Store(IDENTITY, tmp_path)
-    reader = Store(IDENTITY, tmp_path)
-    kills = 0
-    try:
-        for process in processes:
-            assert process.stdout.readline() == "ready\n"
-        for delay in (0.0, 0.003, 0.011, 0.023, 0.041):
-            for place, process in enumerate(processes):
-                written = [process.stdout.readline() for _ in range(3)]
-                time.sleep(delay)
-                process.send_signal(signal.SIGKILL)
-                process.communicate()
-                kills += 1
-                entries = read_file(store.path("forward"))  # raises where it is not whole
-                assert len(entries) >= min(3, int(written[-1]))
-                for told in entries.values():
-                    Entry.of_json(told)
-                assert reader.put(entry(replace(WORK, hidden=100 * kills, batch=16), at=1e9))
-                if kills <= 6:
-                    processes[place] = start(HAMMER, tmp_path, tmp_path)
-                    assert processes[place].stdout.readline() == "ready\n"
-            if kills >= 8:
-                break
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    entries = read_file(store.path("forward"))
-    assert {f"H{hidden_bucket(100 * k)}" for k in range(1, kills + 1)} <= {text.split()[2] for text in entries}
-    assert not list(tmp_path.rglob("*.corrupt*"))

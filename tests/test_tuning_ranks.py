@@ -1,0 +1,323 @@
+"""Under torch.distributed: what all ranks agree on, and how long a rank waits for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.tuning import CPU, H100, WORK, Clock, FakeBench, entry
+from triton_bnlstm.kernels import errors
+from triton_bnlstm.tuning import choice, online, ranks, shipped
+from triton_bnlstm.tuning.device import Identity
+from triton_bnlstm.tuning.tuner import TuningError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_BNLSTM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(errors, "_told", set())
+    monkeypatch.setattr(shipped, "get", lambda identity, key: None)
+    monkeypatch.setattr(online, "_done", set())
+    monkeypatch.setattr(ranks, "_silent", set())
+    monkeypatch.setattr(ranks, "_put_off", set())
+    choice.forget()
+    yield tmp_path
+    choice.forget()
+
+
+RANK = textwrap.dedent(
+    """
+    import os, sys, time, json, warnings
+    from dataclasses import replace
+    from datetime import timedelta
+    import torch, torch.distributed as dist
+    from tests.support.tuning import H100, A100, WORK, CPU, FakeBench
+    from triton_bnlstm.tuning import online, choice, ranks, shipped
+    shipped.get = lambda identity, key: None
+    rank, size, port, what = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    os.environ["TRITON_BNLSTM_CACHE_DIR"] += f"/{rank}"  # each host its own
+    store = dist.TCPStore("127.0.0.1", port, size, rank == 0, timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    made = []
+    def make(work, device):
+        # every rank would find another layout to be the fastest
+        order = lambda layout: 4 + (hash((layout, rank)) % 1000) / 100
+        made.append(FakeBench(work, time=order))
+        return made[-1]
+    numbers = A100 if what == "mixed" and rank > 0 else H100
+    works = [WORK, replace(WORK, hidden=1024)]
+    if what == "alone" and rank > 0:
+        ranks.BEGIN_SECONDS = 0.5
+        works += [replace(WORK, hidden=h) for h in (2048, 1536, 768)]  # which rank 0 never needs
+    if what == "failing" and rank == 0:
+        os.environ["TRITON_BNLSTM_AUTOTUNE_SECONDS"] = "soon"
+    if what == "batches":  # each rank has its own last batch
+        works += [replace(WORK, batch=40 + k + 8 * rank) for k in range(8)]
+    if what == "known":  # the others have tuned before, and know better
+        from tests.support.tuning import entry
+        if rank > 0:
+            choice.store_of(numbers).put(entry())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        began = time.monotonic()
+        for work in works:
+            online.ensure_works([work], CPU, numbers, "on_miss", make)
+    found = [repr(choice.choose(numbers, work).layout) for work in works]
+    waited = time.monotonic() - began
+    told = [str(w.message) for w in told]
+    print(json.dumps({"rank": rank, "found": found, "made": len(made), "told": told, "waited": waited}))
+    dist.barrier()
+    dist.destroy_process_group()
+    """
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "what"),
+    [(4, "same"), (2, "known"), (2, "alone"), (2, "mixed"), (2, "failing"), (3, "batches")],
+)
+def test_rank_0_decides_for_all(tmp_path, size, what):
+    """By answers in the group's store, so that no rank waits for one that never asks."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "TRITON_BNLSTM_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment |= {"PYTHONHASHSEED": "0"}
+    command = [sys.executable, "-c", RANK]
+    ranked = [[*command, str(rank), str(size), str(port), what] for rank in range(size)]
+    processes = [subprocess.Popen(each, stdout=subprocess.PIPE, text=True, env=environment) for each in ranked]
+    try:
+        answers = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    zero, *others = answers
+    assert zero["made"] == (0 if what == "failing" else 2)
+    assert [text for text in zero["told"] if "AUTOTUNE_SECONDS must be a number" not in text] == []
+    for other in others:
+        assert other["made"] == 0  # nobody else measures
+        assert other["waited"] < ranks.BEGIN_SECONDS / 2
+        if what == "mixed":
+            assert other["found"] != zero["found"]
+            assert "rank 0 has another kind of device" in other["told"][0]
+        else:
+            assert other["found"][:2] == zero["found"][:2]
+        if what == "alone":
+            (text,) = other["told"]
+            assert "rank 0 has not decided about forward bfloat16 H2048" in text
+        elif what != "mixed":
+            assert other["told"] == []
+        if what == "batches":  # one layout for each bucket
+            assert len({*other["found"][2:], other["found"][0]}) == 1
+
+
+class FakeStore(dict):
+    """The group's store, and how often it was asked."""
+
+    asked = 0
+
+    def set(self, name, value):
+        self[name] = value.encode()
+
+    def check(self, names):
+        self.asked += 1
+        return all(name in self for name in names)
+
+    def get(self, name):
+        return self[name]
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """Several ranks in one process: `group(1)` is rank 1 from then on, with a process's memory of its own."""
+    store = FakeStore()
+    monkeypatch.setattr(ranks, "group", lambda: 7)
+    monkeypatch.setattr(ranks.Answers, "of_the_group", lambda: ranks.Answers(store, 7))
+
+    def become(rank):
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        monkeypatch.setattr(online, "_done", set())
+        monkeypatch.setattr(choice, "_decided", {})
+        monkeypatch.setattr(choice, "_memo", {})
+        monkeypatch.setattr(choice, "_stores", {})
+        monkeypatch.setenv("TRITON_BNLSTM_CACHE_DIR", f"{os.environ['TRITON_BNLSTM_CACHE_DIR']}/{rank}")
+        monkeypatch.setattr(ranks.time, "sleep", lambda _: pytest.fail("it waits"))
+        return store
+
+    return become
+
+
+def ensure(*works, mode="on_miss", make=None):
+    online.ensure_works(list(works) or [WORK], CPU, H100, mode, make or (lambda work, device: FakeBench(work)))
+
+
+def nobody(work, device):
+    pytest.fail("measured by another rank than 0")
+
+
+def test_rank_0_answers_whatever_becomes_of_its_tuning(group, monkeypatch):
+    """With the layout that it takes itself, so that the ranks agree; and nobody waits for more."""
+
+    def failing(work, device):
+        raise TuningError("there is too little memory")
+
+    store = group(0)
+    with pytest.warns(RuntimeWarning, match="could not be tuned"):
+        ensure(make=failing)
+    theirs = choice.choose(H100, WORK)
+    assert theirs.origin == choice.ANALYTIC
+    group(1)
+    choice.store_of(H100).put(entry())  # this rank would know a better one
+    ensure(make=nobody)
+    assert choice.choose(H100, WORK).layout == theirs.layout
+    assert choice.choose(H100, WORK).origin == choice.RANK_0
+    monkeypatch.setenv("TRITON_BNLSTM_AUTOTUNE_SECONDS", "soon")
+    group(0)
+    other = replace(WORK, hidden=1024)
+    with pytest.warns(RuntimeWarning, match="AUTOTUNE_SECONDS must be a number"):
+        ensure(other)
+    monkeypatch.delenv("TRITON_BNLSTM_AUTOTUNE_SECONDS")
+    group(1)
+    ensure(other, make=nobody)
+    assert len(store) == 2
+
+    def interrupted(work, device):
+        raise KeyboardInterrupt
+
+    group(0)
+    third = replace(WORK, hidden=768)
+    with pytest.raises(KeyboardInterrupt):
+        ensure(third, make=interrupted)
+    assert not [text for text in store.values() if text == b"begun"]
+
+
+def test_what_rank_0_puts_off_it_decides_later(group):
+    """Meanwhile nobody waits, and nobody takes the question for answered."""
+    store = group(0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            ensure()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert list(store.values()) == [b"not now"]
+    group(1)
+    ensure(make=nobody)
+    ensure(make=nobody)
+    assert choice.choose(H100, WORK).origin == choice.ANALYTIC
+    assert store.asked == 2
+    group(0)
+    ensure()
+    theirs = choice.choose(H100, WORK)
+    assert theirs.measured
+    group(1)
+    ensure(make=nobody)
+    assert choice.choose(H100, WORK).layout == theirs.layout
+
+
+def test_another_rank_asks_nothing_where_nothing_can_be_tuned(group, monkeypatch):
+    """While it captures a graph, above all: and the next call asks."""
+    store = group(0)
+    ensure()
+    theirs = choice.choose(H100, WORK)
+    group(1)
+    monkeypatch.setattr(online, "why_not_now", lambda device: "a CUDA graph is being captured")
+    ensure(make=nobody)
+    assert store.asked == 0
+    assert choice.choose(H100, WORK).origin == choice.ANALYTIC
+    monkeypatch.setattr(online, "why_not_now", lambda device: None)
+    ensure(make=nobody)
+    assert choice.choose(H100, WORK).layout == theirs.layout
+
+
+def test_a_key_is_asked_once_for_all_its_batches(group):
+    store = group(0)
+    ensure()
+    theirs = choice.choose(H100, WORK).layout
+    group(1)
+    works = [replace(WORK, batch=batch) for batch in range(33, 65)]
+    assert {choice.choose(H100, work).layout for work in works} != {theirs}
+    for work in works:
+        ensure(work, make=nobody)
+    assert store.asked == 1
+    assert {choice.choose(H100, work) for work in works} == {choice.Choice(theirs, choice.RANK_0)}
+
+
+def test_who_has_tuned_alone_answers_in_a_group(group, monkeypatch):
+    """And after `forget`, of all ranks, the question is a new one."""
+    store = group(0)
+    monkeypatch.setattr(ranks, "rank", lambda: None)
+    monkeypatch.setattr(ranks, "group", lambda: None)
+    ensure()
+    assert not store
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
+    monkeypatch.setattr(ranks, "group", lambda: 7)
+    ensure(make=nobody)  # it knows
+    assert len(store) == 1
+    ensure(mode="force")
+    choice.forget()
+    ensure(make=nobody)
+    assert len(store) == 3
+
+
+def test_a_rank_waits_as_long_as_rank_0_may_take():
+    clock, store, identity = Clock(), FakeStore(), Identity.of(H100)
+    answers = ranks.Answers(store, 1)
+
+    def wait(seconds, happens):
+        def sleep(_):
+            clock.now += 1
+            if clock.now in happens:
+                happens[clock.now]()
+
+        clock.now = 0.0
+        return answers.wait("a", WORK, identity, seconds, clock=clock, sleep=sleep)
+
+    layout = entry().layout
+    begin, give = lambda: answers.begin("a"), lambda: answers.give("a", identity, layout)
+    assert wait(60, {5.0: begin, 100.0: give}) == (layout, True)
+    store.clear()
+    assert wait(60, {5.0: begin, 10.0: lambda: answers.give("a", identity, None)}) == (None, True)
+    store.clear()
+    assert wait(60, {3.0: lambda: answers.later("a")}) == (None, False)  # to be asked again
+    assert clock.now == 3
+    assert wait(60, {2.0: begin, 3.0: give}) == (None, False)
+    answers.give("a", identity, layout)
+    assert wait(60, {}) == (layout, True)
+    assert clock.now == 0
+    store.clear()
+    with pytest.warns(RuntimeWarning, match="rank 0 has not decided"):
+        assert wait(60, {}) == (None, True)
+    assert clock.now == pytest.approx(ranks.BEGIN_SECONDS, abs=2)
+    # one silence is enough: nothing that follows is waited for, unless rank 0 is at work on it
+    assert wait(60, {}) == (None, True)  # a second warning would be an error
+    assert clock.now <= 1
+    store["a"] = b"begun"
+    assert wait(60, {100.0: give}) == (layout, True)
+    store.clear()
+    ranks._silent.clear()
+    errors._told.clear()
+    with pytest.warns(RuntimeWarning, match="rank 0 has not decided"):
+        assert wait(60, {5.0: begin}) == (None, True)
+    assert clock.now == pytest.approx(ranks.BEGIN_SECONDS + 60 + ranks.END_SECONDS, abs=2)
+    for told in (b"{", b"[]", b'{"device": {}}', b'{"device": 1, "layout": null}'):
+        store["a"] = told
+        errors._told.clear()
+        with pytest.warns(RuntimeWarning, match="rank 0's layout of forward .* cannot be read"):
+            assert wait(60, {}) == (None, True)
+
+
+def test_one_process_alone_asks_nobody():
+    assert ranks.rank() is None
