@@ -26,6 +26,10 @@ def use_autotune(mode: str) -> Iterator[None]:
             model. "on_miss" measures, before a call, what nobody has measured for its sizes on this device, and keeps
             it. "force" measures each once more in this process, even if it is known.
 
+    It is for the thread that it is in, as a context variable is: of threads that others start, those of
+    `torch.nn.DataParallel` for one, it knows nothing. Under torch.distributed rank 0 decides for all, but with "off"
+    each process reads the cache that it sees.
+
     Raises:
         ValueError: no such mode.
     """
