@@ -82,6 +82,11 @@ def test_force_measures_what_is_known_once_more(ensure, made):
 
 def test_a_modelled_layout_is_a_miss(ensure, made, monkeypatch):
     modelled = replace(entry(), how="modelled")
+    other = replace(WORK, hidden=1024)
+    choice.store_of(H100).put(replace(entry(other), how="modelled", at=0.0, candidates=()))
+    ensure("on_miss", other)
+    assert (len(made), choice.choose(H100, other).measured) == (1, True)
+    made.clear()
     monkeypatch.setattr(shipped, "get", lambda identity, key: modelled if key == modelled.key else None)
     ensure("on_miss")
     assert len(made) == 1

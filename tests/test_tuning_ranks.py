@@ -124,11 +124,12 @@ def test_rank_0_decides_for_all(tmp_path, size, what):
 
 
 class FakeStore(dict):
-    """The group's store, and how often it was asked."""
+    """The group's store, and how often it was asked and told."""
 
-    asked = 0
+    asked = told = 0
 
     def set(self, name, value):
+        self.told += 1
         self[name] = value.encode()
 
     def check(self, names):
@@ -212,7 +213,7 @@ def test_what_rank_0_puts_off_it_decides_later(group):
             ensure()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert list(store.values()) == [b"not now"]
+    assert (list(store.values()), store.told) == ([b"not now"], 1)
     group(1)
     ensure(make=nobody)
     ensure(make=nobody)

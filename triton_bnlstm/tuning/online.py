@@ -27,7 +27,7 @@ from ..reference import Call
 from . import choice, ranks
 from .choice import CACHE, RANK_0, Choice
 from .device import Identity, provenance_of
-from .entry import Entry
+from .entry import MEASURED, Entry
 from .mode import why_not_now
 from .store import Store, locked
 from .tuner import Bench, Tell, nobody, tune
@@ -262,7 +262,7 @@ def tune_work(
         except OSError as error:
             warnings.warn(f"triton_bnlstm: {error}: {work.key} is measured anyway", RuntimeWarning, stacklevel=2)
         known = store.get(work.key, again=True)
-        if known is None or force or complete:
+        if known is None or known.how != MEASURED or force or complete:
             case = {"hidden": work.hidden, "batch": work.batch, "columns": work.columns}
             by = provenance_of(device)
             if force and known is not None:
