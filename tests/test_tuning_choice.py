@@ -300,3 +300,52 @@ def test_in_words():
     )
     assert in_words(space.analytic(H100, replace(work, kernel="save"))) == "preactivations"
     assert Provenance.of_json({"name": 1}) == ("1", "unknown", "unknown", "unknown")
+
+
+# What is decided for a key
+
+
+def test_a_decision_is_for_all_works_of_a_key(monkeypatch):
+    """Those that were looked up before, too, for as long as the process lasts or until it is to forget."""
+    works = [replace(WORK, batch=batch) for batch in range(33, 65)]
+    assert {choice.choose(H100, work).origin for work in works} == {ANALYTIC}
+    decided = Choice(entry().layout, CACHE, entry())
+    choice.decide(H100, WORK.key, decided)
+    assert all(choice.choose(H100, work) == decided for work in works)
+    assert choice.choose(H100, replace(WORK, batch=65)).origin == ANALYTIC
+    assert choice.choose(A100, WORK).origin == ANALYTIC
+    monkeypatch.setattr(choice, "_MOST_KNOWN", 4)
+    for batch in range(1, 33):
+        choice.choose(H100, replace(WORK, batch=batch))
+    assert all(choice.choose(H100, work) == decided for work in works)
+    choice.forget()
+    assert choice.choose(H100, WORK).origin == ANALYTIC
+
+
+def test_a_decision_is_not_for_a_size_that_it_does_not_fit():
+    """Two programs of a multiprocessor, each of 8 units: beyond so many units others could not be resident."""
+    layout = replace(entry().layout, units=8, warps=32, sequence=True)
+    room = 8 * A100.resident_programs(0, 1, 32)
+    small, large = replace(WORK, hidden=room), replace(WORK, hidden=room + 1)
+    assert large.key == small.key
+    choice.decide(A100, large.key, Choice(layout, CACHE))
+    assert choice.choose(A100, small).layout == layout
+    assert choice.choose(A100, large).origin == ANALYTIC
+
+
+def test_lines_that_were_told_are_bounded(monkeypatch):
+    monkeypatch.setattr(choice, "_MOST_KNOWN", 10)
+    for k in range(100):
+        choice.inform_once(f"line {k}")
+    assert len(choice._told) <= 10
+
+
+def test_without_triton_nothing_is_stale(monkeypatch):
+    """Nobody can tell which one will compile."""
+    from triton_bnlstm.tuning import device
+
+    monkeypatch.setattr(device, "triton_version", lambda: "none")
+    assert not device.is_stale(BY._replace(triton="2.1.0"))
+    monkeypatch.setattr(device, "triton_version", lambda: "3.9.1")
+    assert not device.is_stale(BY._replace(triton="3.9.0"))
+    assert device.is_stale(BY._replace(triton="3.8.0"))

@@ -6,7 +6,9 @@ Its times mean nothing here, and nobody looks at them.
 from __future__ import annotations
 
 import warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,3 +188,101 @@ def test_a_recurrence_is_noted_only_where_it_is_asked_for():
     layer(torch.randn(3, 4, 2))
     assert [each.kernel.__name__ for each in seen] == kernels
     assert INTERPRETER.backend == "cpu"
+
+
+def test_what_passes_is_within_each_limit_and_finite():
+    """One number that is not finite is enough, and so is an error just beyond its limit."""
+    sample = bench_of().layer
+    right = dict(sample.expected)
+    assert sample.why_wrong(right) is None
+    for name in ("output 0", "variance 0", "d_weight_hh 0"):
+        for broken in (float("nan"), float("inf"), float("-inf")):
+            wrong = right[name].clone()
+            wrong.view(-1)[-1] = broken
+            assert f"{name} off by" in sample.why_wrong({**right, name: wrong})
+        for share, passes in ((0.9, True), (1.1, False), (3.9, False)):
+            off = right[name] * (1 + share * sample.limits[name])
+            assert (sample.why_wrong({**right, name: off}) is None) == passes, (name, share)
+
+
+@pytest.mark.parametrize("flags", [("before",), ("before", "centre")])
+def test_moments_of_the_rows_before_each_step(monkeypatch, flags):
+    """As the backward takes them, of h; those of the steps' own rows are others."""
+    real = launch.moments
+    work = Work("moments", 0, 5, 2, torch.float32, "ieee", flags, 6)
+    bench = bench_of(work)
+    bench.prepare(bench.default)
+    assert bench.x.shape == (2, (STEPS + 1) * 5, 6)
+
+    def own_rows(x, rows, centred=None, *, before=False, **options):
+        return real(x[:, 5:].contiguous() if before else x, rows, centred, **options)
+
+    monkeypatch.setattr(launch, "moments", own_rows)
+    with pytest.raises(Unfit, match="moments off by"):
+        bench_of(work).prepare(bench.default)
+
+
+# What a device's graphs are captured on
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """torch.cuda's names for captures, on a CPU: streams that captures were on, and what torch warns of."""
+    seen = SimpleNamespace(streams=[], warns="")
+
+    class Stream:
+        def __init__(self, device=None):
+            self.device = device
+
+        def wait_stream(self, stream):
+            pass
+
+    class Graph:
+        def replay(self):
+            pass
+
+        def pool(self):
+            return (0, 1)
+
+    @contextmanager
+    def graph(graph, pool=None, stream=None, capture_error_mode="global"):
+        seen.streams.append(stream)
+        yield
+        if seen.warns:
+            warnings.warn(seen.warns, UserWarning, stacklevel=1)
+
+    for name, value in {
+        "Stream": Stream,
+        "CUDAGraph": Graph,
+        "graph": graph,
+        "device": lambda device: nullcontext(),
+        "stream": lambda stream: nullcontext(),
+        "current_stream": lambda device=None: Stream(device),
+        "synchronize": lambda device=None: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return seen
+
+
+def test_a_graph_is_captured_on_a_stream_of_its_device(captures):
+    """torch's own stream for captures belongs to the first device that captured anything."""
+    device = torch.device("cuda", 1)
+    timed = measure._Timed(device)
+    timed.add(bench_of().default, lambda: None)
+    (stream,) = captures.streams
+    assert stream is not None
+    assert stream.device == device
+
+
+def test_an_empty_graph_is_an_error(captures):
+    """Its replays would be the fastest of all. Other warnings are none of ours."""
+    timed, layout = measure._Timed(torch.device("cuda", 1)), bench_of().default
+    captures.warns = "something else"
+    with pytest.warns(UserWarning, match="something else"):
+        timed.add(layout, lambda: None)
+    captures.warns = (
+        "The CUDA Graph is empty. This usually means that the graph was attempted to be captured on wrong device or "
+        "stream."
+    )
+    with pytest.raises(TuningError, match=r"cannot be captured .* The CUDA Graph is empty"):
+        timed.add(layout, lambda: None)

@@ -218,3 +218,71 @@ def test_clock_is_used_for_nothing_but_the_time_cap():
     """A clock that stands still is a tuning that takes no time."""
     bench = FakeBench(clock=Clock(), compiling=0.0)
     assert searched(bench, seconds=1e-3).layout == searched(FakeBench()).layout
+
+
+# What counts of the samples
+
+
+def counted(time):
+    """Times of layouts by how often each has been sampled: 16 times in each comparison, the first not counted."""
+    seen = {}
+
+    def of(layout):
+        seen[layout] = seen.get(layout, 0) + 1
+        return time(layout, (seen[layout] - 1) % (ROUNDS + 1))
+
+    return of
+
+
+def test_medians_count_not_means_and_not_the_best_sample():
+    """One layout is fast but for three samples that something else has disturbed, another slow but for one."""
+    fast, lucky = list(FakeBench().structures())[1:3]
+
+    def time(layout, sample):
+        if layout == fast:
+            return 1000.0 if sample % 5 == 4 else 8.0
+        return 1.0 if layout == lucky and sample == 8 else 10.0
+
+    found = searched(FakeBench(time=counted(time)))
+    assert found.layout == fast
+    assert found.gain == pytest.approx(10 / 8, rel=1e-3)
+
+
+def test_the_default_is_timed_to_the_end_however_slow_it_is():
+    """It is what all others are compared with."""
+    bench = FakeBench()
+    bench.time = lambda layout: 100.0 if layout == bench.default else 10.0 - layout.units / 1000
+    found = searched(bench)
+    assert found.candidate(bench.default).rounds == ROUNDS
+    assert found.gain == pytest.approx(10, rel=0.01)
+
+
+def test_timing_ends_with_the_time():
+    """But for the fewest rounds that say anything."""
+    bench = FakeBench(time=lambda layout: 2e6, compiling=0.0)
+    found = searched(bench, seconds=1.0)
+    assert max(each.rounds for each in found.candidates) == LEAST_ROUNDS
+    bench = FakeBench(time=lambda layout: 2e6, compiling=0.0)
+    found = searched(bench, seconds=1e6)
+    assert max(each.rounds for each in found.candidates) == ROUNDS
+
+
+@pytest.mark.parametrize(("confirmed", "taken"), [(9.9, False), (9.7, True)])
+def test_the_winner_wins_by_two_percent_once_more(confirmed, taken):
+    """A layout of 8 µs where many are compared, and of so many in its rounds against the default alone."""
+    bench = FakeBench()
+    best = list(bench.structures())[1]
+    compared = []
+
+    def time(layout):
+        if layout != best:
+            return 10.0
+        compared.append(layout)
+        return 8.0 if len(compared) <= waves * (ROUNDS + 1) else confirmed
+
+    # the waves that it is in: the structures', and that of its neighbours
+    waves = 2
+    bench.time = time
+    found = searched(bench)
+    assert len(compared) == (waves + 1) * (ROUNDS + 1)
+    assert (found.layout == best) == taken
