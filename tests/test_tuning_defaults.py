@@ -10,9 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import defaults
+from bench import defaults, trials
 from bench.aot.targets import TARGETS
-from bench.defaults import ARCHITECTURES, FOLDER, compiled, fault, faults, generate, main, read, sizes
+from bench.defaults import ARCHITECTURES, FOLDER, fault, faults, generate, main, read, sizes
+from bench.trials import compiled
 from triton_bnlstm.kernels.config import BackwardConfig
 from triton_bnlstm.tuning import Work, choice, shipped, space
 from triton_bnlstm.tuning.device import Identity, minor, triton_version
@@ -204,9 +205,9 @@ def test_the_first_layout_without_a_problem_is_taken(tmp_path, monkeypatch):
         [(0, 0, ["again"]), (0, 1, []), (0, 1, []), (1, 0, ["a\n  b"])],
         [(0, k, ["spills"]) for k in range(20)],
     ]
-    layouts = [[space.analytic(SM90.device, s.work), *defaults.alternatives(SM90.device, s.work)] for s in wanted]
+    layouts = [[space.analytic(SM90.device, s.work), *trials.alternatives(SM90.device, s.work)] for s in wanted]
     script[2] = script[2][: len(layouts[3]) - 1]
-    monkeypatch.setattr(defaults, "results", replies(script, asked))
+    monkeypatch.setattr(trials, "results", replies(script, asked))
     found = dict(compiled(SM90, wanted, tmp_path))
     assert [found[size].layout for size in wanted] == [layouts[0][0], layouts[1][2], layouts[2][3], layouts[3][0]]
     assert [found[size].problem for size in wanted] == ["", "spills", "spills", "a b"]
@@ -219,19 +220,19 @@ def test_the_first_layout_without_a_problem_is_taken(tmp_path, monkeypatch):
 
 
 def test_a_run_that_ends_early_keeps_what_it_has(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(defaults, "results", replies([[(0, 0, []), (1, 0, [])], []], []))
-    with pytest.raises(defaults.CompilerFailed, match="said nothing"):
+    monkeypatch.setattr(trials, "results", replies([[(0, 0, []), (1, 0, [])], []], []))
+    with pytest.raises(trials.CompilerFailed, match="said nothing"):
         generate(SM90, tmp_path)
     assert list(read(tmp_path / "sm90.json")[Identity.of(SM90.device)]) == sorted(s.name for s in sizes(SM90)[:2])
     asked = []
-    monkeypatch.setattr(defaults, "results", replies([[]], asked))
+    monkeypatch.setattr(trials, "results", replies([[]], asked))
     assert main(["--targets", "sm90", "--folder", str(tmp_path)]) == 1
     assert len(asked[0]) == len(sizes(SM90)) - 2
     assert "bench.defaults: sm90: the compiling process said nothing" in capsys.readouterr().out
 
 
 def test_where_triton_cannot_compile_they_are_not_checked(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(defaults, "results", lambda request, cache: iter([{"skipped": "Triton 1.2.3: no linker"}]))
+    monkeypatch.setattr(trials, "results", lambda request, cache: iter([{"skipped": "Triton 1.2.3: no linker"}]))
     assert main(["--targets", "gfx942", "--folder", str(tmp_path)]) == 0
     assert f"{len(sizes(TARGETS['gfx942']))} made, 0 with a problem" in capsys.readouterr().out
     assert faults(TARGETS["gfx942"], tmp_path) == []
@@ -244,8 +245,8 @@ def test_what_may_take_the_analytic_layouts_place(name):
     device = TARGETS[name].device
     for size in sizes(TARGETS[name]):
         default = space.analytic(device, size.work)
-        found = defaults.alternatives(device, size.work)
-        assert 0 < len(found) <= defaults.MOST_TRIED
+        found = trials.alternatives(device, size.work)
+        assert 0 < len(found) <= trials.MOST_TRIED
         assert default not in found
         for layout in found:
             assert layout.sequence == default.sequence
@@ -272,6 +273,7 @@ def test_a_layout_with_a_problem_is_not_taken(tmp_path, monkeypatch):
     good = space.analytic(SM90.device, size.work)
     bad = dataclasses.replace(good, sequence=False, resident=False, units=32, batch_tile=128, warps=4, stages=2)
     monkeypatch.setattr(defaults.space, "analytic", lambda device, work: bad)
+    monkeypatch.setattr(trials, "alternatives", lambda device, work: [good])
     monkeypatch.setattr(defaults, "alternatives", lambda device, work: [good])
     ((_, found),) = compiled(SM90, [size], tmp_path)
     assert found.layout == good
