@@ -59,6 +59,15 @@ def test_the_unit_is_one_that_can_be_written(monkeypatch, encoding, unit):
     assert screens.micro() == unit
 
 
+def test_a_bucket_is_told_whatever_its_size():
+    """Sizes are a file's, which anybody may have written."""
+    assert screens._bucket_words("H", 512) == "H512 for 449 to 512"
+    assert screens._bucket_words("H", 16) == "H16 for 16 alone"
+    assert screens._bucket_words("B", 16) == "B16 for 1 to 16"
+    assert screens._bucket_words("B", 1 << 30) == f"B{1 << 30} for {(1 << 29) + 1} to {1 << 30}"
+    assert screens._bucket_words("D", 64) == "D64 for 33 to 64"
+
+
 def test_an_entry_of_no_use_hides_nothing(capsys, root, monkeypatch):
     """What is shipped is looked at where the cache's own cannot be understood."""
     entry = made()

@@ -154,7 +154,7 @@ def test_what_goes_wrong_does_not_keep_the_call_from_running(ensure, made, monke
         tries.append(work)
         raise TuningError("there is too little memory")
 
-    with pytest.warns(RuntimeWarning, match="could not be tuned .there is too little memory."):
+    with pytest.warns(RuntimeWarning, match="could not be tuned .TuningError: there is too little memory."):
         online.ensure_works([WORK], CPU, H100, "on_miss", failing)
     for batch in range(33, 65):  # not again in this process, whatever the last batch has
         online.ensure_works([replace(WORK, batch=batch)], CPU, H100, "on_miss", failing)

@@ -320,5 +320,13 @@ def test_a_rank_waits_as_long_as_rank_0_may_take():
             assert wait(60, {}) == (None, True)
 
 
-def test_one_process_alone_asks_nobody():
-    assert ranks.rank() is None
+def test_one_process_alone_asks_nobody(monkeypatch):
+    """Nor one whose group has no store to ask in."""
+    assert (ranks.rank(), ranks.group()) == (None, None)
+    for name, value in {"is_initialized": True, "get_world_size": 2, "get_rank": 1}.items():
+        monkeypatch.setattr(ranks.dist, name, lambda value=value: value)
+    store = object()
+    monkeypatch.setattr(ranks.dist.distributed_c10d, "_get_default_store", lambda: store)
+    assert (ranks.rank(), ranks.group()) == (1, id(store))
+    monkeypatch.setattr(ranks.dist.distributed_c10d, "_get_default_store", lambda: None)
+    assert (ranks.rank(), ranks.group()) == (None, None)

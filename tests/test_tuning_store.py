@@ -364,6 +364,9 @@ def test_the_folder_is_the_users(monkeypatch, tmp_path):
         assert cache_directory() is None
     monkeypatch.delenv(stores.VARIABLE)
     assert cache_directory() == Path(platformdirs.user_cache_dir("triton_bnlstm", appauthor=False))
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *_, **__: "~/.cache/triton_bnlstm")
+    with pytest.warns(RuntimeWarning, match="no home"):  # and not a folder "~" where the process is
+        assert cache_directory() is None
 
 
 def test_nothing_is_imported_before_it_is_needed():

@@ -84,11 +84,7 @@ def root_of_cache() -> Path | None:
     """The cache's folder; None: there is none, see `why_no_cache`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # commands say it in their own words
-        try:
-            root = cache_directory()
-        except RuntimeError:
-            return None
-    return None if root is None or root.parts[:1] == ("~",) else root  # "~": of nobody's home
+        return cache_directory()
 
 
 def why_no_cache() -> str:

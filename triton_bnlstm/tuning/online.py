@@ -160,9 +160,9 @@ def ensure_works(
             continue
         try:
             final = _decide(question, work, device, make)
-        except (RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # whatever it is, the call can do without
             final = True
-            tell_once(f"{work.key} could not be tuned ({error}): its layout stays as it is")
+            tell_once(f"{work.key} could not be tuned ({type(error).__name__}: {error}): its layout stays as it is")
         if final:
             _done.add(question)
 

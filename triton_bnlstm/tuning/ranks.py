@@ -28,10 +28,10 @@ _put_off: set[tuple[int, str]] = set()
 
 
 def rank() -> int | None:
-    """This process's rank; None where it is alone."""
+    """This process's rank; None where it is alone, or its group has no store (that of MPI), so each is for itself."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         return None
-    return dist.get_rank()
+    return None if dist.distributed_c10d._get_default_store() is None else dist.get_rank()
 
 
 def group() -> int | None:

@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import textwrap
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -212,9 +213,7 @@ def legend(keys: Iterable[Key]) -> list[str]:
 def _bucket_words(letter: str, largest: int) -> str:
     """For instance "B64 for 33 to 64"."""
     bucket = hidden_bucket if letter == "H" else power_bucket
-    least = largest
-    while least > 1 and bucket(least - 1) == largest:
-        least -= 1
+    least = 1 + bisect_left(range(1, largest + 1), bucket(largest), key=bucket)
     return f"{letter}{largest} for " + (f"{least} to {largest}" if least < largest else f"{largest} alone")
 
 

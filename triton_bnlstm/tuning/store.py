@@ -53,7 +53,11 @@ def cache_directory() -> Path | None:
             f"install it, or name a folder in {VARIABLE}"
         )
         return None
-    return Path(platformdirs.user_cache_dir("triton_bnlstm", appauthor=False))
+    found = Path(platformdirs.user_cache_dir("triton_bnlstm", appauthor=False))
+    if found.parts[:1] == ("~",):  # it would be a folder of that name wherever the process is
+        tell_once(f"this user has no home, so tuned layouts last for this process only: name a folder in {VARIABLE}")
+        return None
+    return found
 
 
 def read_file(path: Path, identity: Identity | None = None) -> Raw:
