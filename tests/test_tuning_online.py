@@ -12,10 +12,9 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.support.tuning import CPU, H100, WORK, FakeBench, entry
+from tests.support.tuning import CPU, H100, WORK, FakeBench, as_a_new_process, entry
 from triton_bnlstm import BNLSTM
-from triton_bnlstm.kernels import errors
-from triton_bnlstm.tuning import choice, online, ranks, shipped
+from triton_bnlstm.tuning import choice, online, shipped
 from triton_bnlstm.tuning.choice import ANALYTIC, CACHE
 from triton_bnlstm.tuning.device import Identity
 from triton_bnlstm.tuning.mode import why_not_now
@@ -25,17 +24,7 @@ from triton_bnlstm.tuning.tuner import TuningError
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_BNLSTM_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(errors, "_told", set())
-    monkeypatch.setattr(shipped, "get", lambda identity, key: None)
-    monkeypatch.setattr(online, "_done", set())
-    monkeypatch.setattr(ranks, "_silent", set())
-    monkeypatch.setattr(ranks, "_put_off", set())
-    choice.forget()
-    yield tmp_path
-    choice.forget()
+cache = pytest.fixture(autouse=True)(as_a_new_process)
 
 
 @pytest.fixture

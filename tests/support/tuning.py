@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import pytest
 import torch
 
 from bench.aot.targets import TARGETS
+from triton_bnlstm.kernels import errors
 from triton_bnlstm.kernels.config import Config, Device
-from triton_bnlstm.tuning import space
+from triton_bnlstm.tuning import choice, online, ranks, shipped, space
 from triton_bnlstm.tuning.device import Provenance, triton_version
 from triton_bnlstm.tuning.entry import MEASURED, Candidate, Entry
 from triton_bnlstm.tuning.tuner import Unfit
@@ -30,6 +33,19 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def as_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """With an empty cache, whose folder it gives; nothing is shipped, tuned, asked or told."""
+    monkeypatch.setenv("TRITON_BNLSTM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(errors, "_told", set())
+    monkeypatch.setattr(shipped, "get", lambda identity, key: None)
+    monkeypatch.setattr(online, "_done", set())
+    monkeypatch.setattr(ranks, "_silent", set())
+    monkeypatch.setattr(ranks, "_put_off", set())
+    choice.forget()
+    yield tmp_path
+    choice.forget()
 
 
 def microseconds(layout: Layout) -> float:
