@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from tests.support import tuning_command
 from tests.support.tuning_command import BY, FORWARD, H100, FakeBench, folder_of, made, put, run, run_json, ship
-from triton_bnlstm.tuning import contents, machine, screens, space
-from triton_bnlstm.tuning.device import Identity
+from triton_bnlstm.tuning import commands, contents, machine, screens, space
+from triton_bnlstm.tuning.device import Identity, minor
 from triton_bnlstm.tuning.entry import MODELLED, Candidate
 from triton_bnlstm.tuning.store import Store, locked
 
@@ -29,6 +30,18 @@ def test_exit_codes_are_what_help_says(capsys, root):
     assert (screens.DONE, screens.FAILED, screens.USAGE, screens.NO_DEVICE, screens.INTERRUPTED) == (0, 1, 2, 3, 130)
 
 
+def test_an_interrupted_command_ends_as_scripts_know_it(capsys, monkeypatch):
+    """Wherever it is interrupted; `tune` while it measures has a line of its own."""
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "show", interrupted)
+    code, out, err = run(capsys, "show")
+    assert (code, out, err.count("\n")) == (130, "", 1)
+    assert "interrupted" in err
+
+
 def test_what_is_settled():
     """What has nothing new to be tried, as far as is known before anything is compiled."""
     every = (*space.structures(H100, FORWARD), *space.neighbours(made().layout))
@@ -38,6 +51,7 @@ def test_what_is_settled():
     assert not is_settled(FORWARD, H100, None)
     assert not is_settled(FORWARD, H100, replace(known, how=MODELLED))
     assert not is_settled(FORWARD, H100, replace(known, by=BY._replace(triton="2.0.0")))
+    assert is_settled(FORWARD, H100, replace(known, by=BY._replace(triton=f"{minor(BY.triton)}.99")))
     for k in (0, 1, len(tried) - 1):
         assert not is_settled(FORWARD, H100, replace(known, candidates=tried[:k] + tried[k + 1 :]))
 
@@ -57,6 +71,8 @@ def test_why_there_is_no_cache(monkeypatch):
 def test_the_unit_is_one_that_can_be_written(monkeypatch, encoding, unit):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     assert screens.micro() == unit
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="one that nobody knows"))
+    assert screens.micro() == "us"
 
 
 def test_a_bucket_is_told_whatever_its_size():

@@ -18,6 +18,7 @@ from triton_bnlstm import BNLSTM, fused_backward, fused_forward
 from triton_bnlstm.kernels.config import INTERPRETER, Config
 from triton_bnlstm.kernels.errors import KernelError
 from triton_bnlstm.tuning import space
+from triton_bnlstm.tuning.sample import relative_error
 from triton_bnlstm.tuning.tuner import TuningError, Unfit, tune
 from triton_bnlstm.tuning.work import FLAGS, Work
 
@@ -190,6 +191,18 @@ def test_a_recurrence_is_noted_only_where_it_is_asked_for():
     assert INTERPRETER.backend == "cpu"
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_an_error_is_a_number_that_can_be_compared(broken):
+    """NaN is neither within a limit nor beyond it, and lost beside another error."""
+    expected = torch.ones(5, dtype=torch.float64)
+    wrong = expected.clone()
+    wrong[2] = broken
+    assert relative_error(expected, expected) == 0
+    assert relative_error(1.01 * expected, expected) == pytest.approx(0.01)
+    assert relative_error(wrong, expected) == float("inf")
+    assert relative_error(expected[:4], expected) == float("inf")
+
+
 def test_what_passes_is_within_each_limit_and_finite():
     """One number that is not finite is enough, and so is an error just beyond its limit."""
     sample = bench_of().layer
@@ -205,9 +218,24 @@ def test_what_passes_is_within_each_limit_and_finite():
             assert (sample.why_wrong({**right, name: off}) is None) == passes, (name, share)
 
 
+def test_centred_rows_that_are_not_finite(monkeypatch):
+    """Their moments may be right all the same."""
+    real = launch.moments
+
+    def wrong(x, rows, centred, **options):
+        found = real(x, rows, centred, **options)
+        centred.view(-1)[-1] = float("nan")
+        return found
+
+    bench = bench_of(Work.of_moments(6, 5, 1, torch.float32, centre=True))
+    monkeypatch.setattr(launch, "moments", wrong)
+    with pytest.raises(Unfit, match="moments off by inf"):
+        bench.prepare(bench.default)
+
+
 @pytest.mark.parametrize("flags", [("before",), ("before", "centre")])
 def test_moments_of_the_rows_before_each_step(monkeypatch, flags):
-    """As the backward takes them, of h; those of the steps' own rows are others."""
+    """As the backward takes them, of h; those of the steps' own rows are others, and other directions lie elsewhere."""
     real = launch.moments
     work = Work("moments", 0, 5, 2, torch.float32, "ieee", flags, 6)
     bench = bench_of(work)
@@ -217,9 +245,13 @@ def test_moments_of_the_rows_before_each_step(monkeypatch, flags):
     def own_rows(x, rows, centred=None, *, before=False, **options):
         return real(x[:, 5:].contiguous() if before else x, rows, centred, **options)
 
-    monkeypatch.setattr(launch, "moments", own_rows)
-    with pytest.raises(Unfit, match="moments off by"):
-        bench_of(work).prepare(bench.default)
+    def as_if_own_rows(x, rows, centred=None, *, before=False, **options):
+        return real(x, rows, centred, **options)
+
+    for wrong in (own_rows, as_if_own_rows):
+        monkeypatch.setattr(launch, "moments", wrong)
+        with pytest.raises(Unfit, match="moments off by"):
+            bench_of(work).prepare(bench.default)
 
 
 # What a device's graphs are captured on
@@ -257,7 +289,7 @@ def captures(monkeypatch):
         "graph": graph,
         "device": lambda device: nullcontext(),
         "stream": lambda stream: nullcontext(),
-        "current_stream": lambda device=None: Stream(device),
+        "current_stream": lambda device=None: Stream(),  # not one to capture on
         "synchronize": lambda device=None: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -284,5 +316,8 @@ def test_an_empty_graph_is_an_error(captures):
         "The CUDA Graph is empty. This usually means that the graph was attempted to be captured on wrong device or "
         "stream."
     )
-    with pytest.raises(TuningError, match=r"cannot be captured .* The CUDA Graph is empty"):
-        timed.add(layout, lambda: None)
+    for action in ("ignore", "default", "error"):  # whatever the process does with warnings
+        with warnings.catch_warnings():
+            warnings.simplefilter(action)
+            with pytest.raises(TuningError, match=r"cannot be captured .* The CUDA Graph is empty"):
+                timed.add(layout, lambda: None)

@@ -257,6 +257,17 @@ def test_the_default_is_timed_to_the_end_however_slow_it_is():
     assert found.gain == pytest.approx(10, rel=0.01)
 
 
+def test_what_stands_is_timed_to_the_end_however_slow_it_is():
+    """What takes its place has to be seen to be faster in as many rounds."""
+    bench = FakeBench()
+    standing = list(bench.structures())[1]
+    known = entry(layout=standing, by=BY._replace(triton="2.0.0"))
+    bench.time = lambda layout: 100.0 if layout == standing else 10.0
+    found = searched(bench, known=known)
+    assert found.layout != standing
+    assert found.candidate(standing).rounds == ROUNDS
+
+
 def test_timing_ends_with_the_time():
     """But for the fewest rounds that say anything."""
     bench = FakeBench(time=lambda layout: 2e6, compiling=0.0)
