@@ -19,6 +19,7 @@ from triton_bnlstm.tuning import choice, shipped, space
 from triton_bnlstm.tuning.choice import ANALYTIC, CACHE, SHIPPED, Choice
 from triton_bnlstm.tuning.device import Identity, Provenance
 from triton_bnlstm.tuning.mode import requested_autotune
+from triton_bnlstm.tuning.store import Store
 from triton_bnlstm.tuning.work import Work, in_words
 
 IDENTITY = Identity.of(H100)
@@ -117,9 +118,35 @@ def test_other_code_of_the_kernel_is_another_question():
 def test_what_does_not_run_is_not_taken_again():
     choice.store_of(H100).put(entry())
     with pytest.warns(RuntimeWarning, match=r"layout of forward .* from the cache does not run here \(too big\)"):
-        choice.reject(H100, WORK, "too big")
+        choice.reject(H100, WORK, entry().layout, "too big")
     assert choice.tuned(H100, WORK) is None
     assert choice.choose(H100, replace(WORK, batch=60)).origin == CACHE  # another size may be all right
+
+
+def test_a_layout_that_came_meanwhile_is_not_rejected_for_another():
+    choice.store_of(H100).put(entry())
+    assert choice.tuned(H100, WORK) == entry().layout
+    better = other(entry().layout)
+    choice.decide(H100, WORK.key, Choice(better, CACHE))  # by another thread's tuning
+    choice.reject(H100, WORK, entry().layout, "too big")  # a warning would be an error
+    assert choice.tuned(H100, WORK) == better
+
+
+def test_forget_keeps_what_could_not_be_written(tmp_path, monkeypatch):
+    """It is nowhere else; what is in files is read again."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRITON_BNLSTM_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="they last for this process only"):
+        choice.store_of(H100).put(entry())
+    choice.forget()
+    assert choice.tuned(H100, WORK) == entry().layout
+    monkeypatch.setenv("TRITON_BNLSTM_CACHE_DIR", str(tmp_path))
+    choice.forget()
+    assert choice.tuned(H100, WORK) is None
+    Store(IDENTITY, tmp_path).put(entry())  # another process
+    assert choice.tuned(H100, WORK) is None
+    choice.forget()
+    assert choice.tuned(H100, WORK) == entry().layout
 
 
 def test_the_memory_is_bounded(monkeypatch):
@@ -218,14 +245,17 @@ def test_an_explicit_layout_comes_before_all(layer):
 
 def test_a_tuned_layout_that_cannot_run_here_is_replaced_by_the_default(layer, monkeypatch):
     rejected = []
-    monkeypatch.setattr(choice, "reject", lambda device, work, reason: rejected.append((work.kernel, reason)))
+    monkeypatch.setattr(
+        choice, "reject", lambda device, work, layout, reason: rejected.append((work.kernel, layout, reason))
+    )
     x = torch.randn(3, 4, 2)
     expected = layer(x)[0]
     layer.reset_statistics()
     layer.layouts["forward"] = replace(SMALL, units=4)
     assert torch.equal(layer(x)[0], expected)
     assert rejected[0][0] == "forward"
-    assert "2 programs of forward_kernel have to run at the same time" in rejected[0][1]
+    assert rejected[0][1] == layer.layouts["forward"]
+    assert "2 programs of forward_kernel have to run at the same time" in rejected[0][2]
 
 
 def test_moments_in_a_layout_that_cannot_run(layer, monkeypatch):
@@ -239,14 +269,16 @@ def test_moments_in_a_layout_that_cannot_run(layer, monkeypatch):
             raise KernelError("moments_kernel: out of resources")
         run(kernel, grid, tensors, scalars, constants, options)
 
-    monkeypatch.setattr(choice, "reject", lambda device, work, reason: rejected.append((work.kernel, reason)))
+    monkeypatch.setattr(
+        choice, "reject", lambda device, work, layout, reason: rejected.append((work.kernel, layout, reason))
+    )
     x = torch.randn(3, 4, 2)
     expected = layer(x)[0]
     layer.reset_statistics()
     monkeypatch.setattr(launch, "_run", failing)
     layer.layouts["moments"] = MomentsConfig(16, 16, 2)
     assert torch.equal(layer(x)[0], expected)
-    assert set(rejected) == {("moments", "moments_kernel: out of resources")}
+    assert set(rejected) == {("moments", MomentsConfig(16, 16, 2), "moments_kernel: out of resources")}
     with use_config(moments=MomentsConfig(16, 16, 2)), pytest.raises(KernelError, match="out of resources"):
         layer(x)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,8 @@ import torch
 
 from tests.support.tuning import CPU, H100, WORK, FakeBench, as_a_new_process, entry
 from triton_bnlstm import BNLSTM
-from triton_bnlstm.tuning import choice, online, shipped
+from triton_bnlstm.tuning import choice, online, shipped, space
+from triton_bnlstm.tuning import store as stores
 from triton_bnlstm.tuning.choice import ANALYTIC, CACHE
 from triton_bnlstm.tuning.device import Identity
 from triton_bnlstm.tuning.mode import why_not_now
@@ -173,6 +176,60 @@ def test_a_cache_that_cannot_be_written_still_serves_this_process(ensure, made, 
     assert choice.choose(H100, WORK).measured
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "no"), OSError(30, "read-only"), OSError(28, "full")])
+def test_one_warning_where_nothing_can_be_written(ensure, made, cache, monkeypatch, error):
+    """Not one for each key, although the folder of those who measure is there."""
+    (Store(Identity.of(H100), cache).folder / "measuring").mkdir(parents=True)
+
+    @contextmanager
+    def failing(*_):
+        raise error
+        yield
+
+    monkeypatch.setattr(online, "locked", failing)
+    monkeypatch.setattr(stores, "locked", failing)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ensure("on_miss", WORK, replace(WORK, hidden=1024), replace(WORK, hidden=768))
+    assert len(made) == 3
+    assert ["they last for this process only" in str(each.message) for each in told] == [True]
+
+
+def test_who_has_waited_too_long_measures_beside_the_other(ensure, made, cache, monkeypatch):
+    store = choice.store_of(H100)
+    alone = online._alone
+    monkeypatch.setattr(online, "_alone", lambda store, work, seconds: alone(store, work, -14.99))  # 20 ms
+    with alone(store, WORK, 60), pytest.warns(RuntimeWarning, match=r"is held by another .* is measured anyway"):
+        ensure("on_miss")
+    assert len(made) == 1
+    assert choice.choose(H100, WORK).measured
+
+
+@pytest.mark.parametrize("broken", [(online.ranks, "group"), (choice, "choose")])
+def test_no_error_of_asking_reaches_the_call(ensure, made, monkeypatch, broken):
+    """A group's store that is gone, for one."""
+
+    def failing(*_):
+        raise ConnectionError("nobody is there")
+
+    monkeypatch.setattr(*broken, failing)
+    with pytest.warns(RuntimeWarning, match=r"could not be tuned .ConnectionError: nobody is there"):
+        ensure("on_miss")
+    assert made == []
+
+
+def test_a_fresh_measurement_is_kept_whatever_the_clocks_say(ensure, cache):
+    """Here the cache has an entry from a host whose clock is ahead."""
+    slow = next(each for each in space.structures(H100, WORK) if not each.resident)
+    known = entry(layout=slow, at=time.time() + 3600)
+    Store(Identity.of(H100), cache).put(known)
+    choice.forget()
+    ensure("force")
+    mine = choice.choose(H100, WORK)
+    assert mine.layout != known.layout
+    assert Store(Identity.of(H100), cache).get(WORK.key).layout == mine.layout
+
+
 def test_two_threads_or_processes_measure_one_thing_once(cache):
     """The second one waits, and finds what the first one has found."""
     begun, go_on, made = threading.Event(), threading.Event(), []
@@ -276,7 +333,6 @@ def test_what_has_an_explicit_layout_is_not_measured(monkeypatch):
     from types import SimpleNamespace
 
     from triton_bnlstm.kernels.config import use_config
-    from triton_bnlstm.tuning import space
 
     measured = []
     monkeypatch.setattr(online, "ensure_works", lambda works, *_: measured.append([work.kernel for work in works]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.support.tuning import CPU, H100, WORK, Clock, FakeBench, as_a_new_process, entry
 from triton_bnlstm.kernels import errors
@@ -20,6 +22,7 @@ from triton_bnlstm.tuning.device import Identity
 from triton_bnlstm.tuning.tuner import TuningError
 
 ROOT = Path(__file__).parents[1]
+GROUP = ranks.Group(7, 1)
 
 
 cache = pytest.fixture(autouse=True)(as_a_new_process)
@@ -134,8 +137,8 @@ class FakeStore(dict):
 def group(monkeypatch):
     """Several ranks in one process: `group(1)` is rank 1 from then on, with a process's memory of its own."""
     store = FakeStore()
-    monkeypatch.setattr(ranks, "group", lambda: 7)
-    monkeypatch.setattr(ranks.Answers, "of_the_group", lambda: ranks.Answers(store, 7))
+    monkeypatch.setattr(ranks, "group", lambda: GROUP)
+    monkeypatch.setattr(ranks.Answers, "of", lambda group: ranks.Answers(store, group))
 
     def become(rank):
         monkeypatch.setattr(ranks, "rank", lambda: rank)
@@ -189,9 +192,40 @@ def test_rank_0_answers_whatever_becomes_of_its_tuning(group, monkeypatch):
 
     group(0)
     third = replace(WORK, hidden=768)
+    ranks.Answers(store, GROUP).later(f"{choice.times_forgotten()}/on_miss/{third.key}")  # at an earlier call
     with pytest.raises(KeyboardInterrupt):
         ensure(third, make=interrupted)
     assert not [text for text in store.values() if text == b"begun"]
+
+
+@pytest.mark.parametrize("others_ask", ["meanwhile", "later"])
+def test_an_interrupted_tuning_is_made_up_for(group, monkeypatch, others_ask):
+    """By the next call of a program that goes on, be it a notebook: and all ranks take what that finds."""
+
+    def interrupted(work, device):
+        raise KeyboardInterrupt
+
+    group(0)
+    with pytest.raises(KeyboardInterrupt):
+        ensure(make=interrupted)
+    memory = online._done, choice._decided, choice._memo
+    assert not online._done
+    group(1)
+    if others_ask == "meanwhile":
+        ensure(make=nobody)
+        assert choice.choose(H100, WORK).origin == choice.ANALYTIC
+    mine = online._done, choice._decided, choice._memo
+    group(0)
+    for name, held in zip(("_done", "_decided", "_memo"), memory, strict=True):
+        monkeypatch.setattr(online if name == "_done" else choice, name, held)
+    ensure()
+    theirs = choice.choose(H100, WORK)
+    assert theirs.measured
+    group(1)
+    for name, held in zip(("_done", "_decided", "_memo"), mine, strict=True):
+        monkeypatch.setattr(online if name == "_done" else choice, name, held)
+    ensure(make=nobody)
+    assert choice.choose(H100, WORK).layout == theirs.layout
 
 
 def test_what_rank_0_puts_off_it_decides_later(group):
@@ -254,7 +288,7 @@ def test_who_has_tuned_alone_answers_in_a_group(group, monkeypatch):
     ensure()
     assert not store
     monkeypatch.setattr(ranks, "rank", lambda: 0)
-    monkeypatch.setattr(ranks, "group", lambda: 7)
+    monkeypatch.setattr(ranks, "group", lambda: GROUP)
     ensure(make=nobody)  # it knows
     assert len(store) == 1
     ensure(mode="force")
@@ -263,60 +297,176 @@ def test_who_has_tuned_alone_answers_in_a_group(group, monkeypatch):
     assert len(store) == 3
 
 
-def test_a_rank_waits_as_long_as_rank_0_may_take():
+@pytest.fixture
+def waiting():
+    """Rank 1's answers, and `wait(seconds, happens)`, in which a second passes at each look, and things happen."""
     clock, store, identity = Clock(), FakeStore(), Identity.of(H100)
-    answers = ranks.Answers(store, 1)
+    answers = ranks.Answers(store, GROUP)
 
-    def wait(seconds, happens):
+    def wait(seconds, happens, name="a"):
+        """What it gets, and how long that took."""
+        began = clock.now
+
         def sleep(_):
             clock.now += 1
-            if clock.now in happens:
-                happens[clock.now]()
+            happens.get(clock.now - began, lambda: None)()
 
-        clock.now = 0.0
-        return answers.wait("a", WORK, identity, seconds, clock=clock, sleep=sleep)
+        return answers.wait(name, WORK, identity, seconds, clock=clock, sleep=sleep), clock.now - began
 
-    layout = entry().layout
-    begin, give = lambda: answers.begin("a"), lambda: answers.give("a", identity, layout)
-    assert wait(60, {5.0: begin, 100.0: give}) == (layout, True)
-    store.clear()
-    assert wait(60, {5.0: begin, 10.0: lambda: answers.give("a", identity, None)}) == (None, True)
-    store.clear()
-    assert wait(60, {3.0: lambda: answers.later("a")}) == (None, False)  # to be asked again
-    assert clock.now == 3
-    assert wait(60, {2.0: begin, 3.0: give}) == (None, False)
-    answers.give("a", identity, layout)
-    assert wait(60, {}) == (layout, True)
-    assert clock.now == 0
-    store.clear()
-    with pytest.warns(RuntimeWarning, match="rank 0 has not decided"):
-        assert wait(60, {}) == (None, True)
-    assert clock.now == pytest.approx(ranks.BEGIN_SECONDS, abs=2)
-    # one silence is enough: nothing that follows is waited for, unless rank 0 is at work on it
-    assert wait(60, {}) == (None, True)  # a second warning would be an error
-    assert clock.now <= 1
-    store["a"] = b"begun"
-    assert wait(60, {100.0: give}) == (layout, True)
-    store.clear()
-    ranks._silent.clear()
-    errors._told.clear()
-    with pytest.warns(RuntimeWarning, match="rank 0 has not decided"):
-        assert wait(60, {5.0: begin}) == (None, True)
-    assert clock.now == pytest.approx(ranks.BEGIN_SECONDS + 60 + ranks.END_SECONDS, abs=2)
+    wait.answers, wait.clock, wait.store = answers, clock, store
+    wait.begin = lambda: answers.begin("a")
+    wait.later = lambda: answers.later("a")
+    wait.give = lambda: answers.give("a", identity, entry().layout)
+    wait.give_nothing = lambda: answers.give("a", identity, None)
+    return wait
+
+
+FOUND, NOTHING, NOT_YET = (entry().layout, True), (None, True), (None, False)
+
+
+def test_a_rank_waits_as_long_as_rank_0_may_take(waiting):
+    assert waiting(60, {5: waiting.begin, 100: waiting.give}) == (FOUND, 100)
+    waiting.store.clear()
+    assert waiting(60, {5: waiting.begin, 10: waiting.give_nothing}) == (NOTHING, 10)
+    waiting.store.clear()
+    assert waiting(60, {3: waiting.later}) == (NOT_YET, 3)  # to be asked again
+    assert waiting(60, {}) == (NOT_YET, 0)
+    waiting.clock.now += 1000  # this is not on the account of the next wait
+    waiting.begin()
+    assert waiting(60, {100: waiting.give}) == (FOUND, 100)
+    assert waiting(60, {}) == (FOUND, 0)
     for told in (b"{", b"[]", b'{"device": {}}', b'{"device": 1, "layout": null}'):
-        store["a"] = told
+        waiting.store["a"] = told
         errors._told.clear()
         with pytest.warns(RuntimeWarning, match="rank 0's layout of forward .* cannot be read"):
-            assert wait(60, {}) == (None, True)
+            assert waiting(60, {}) == (NOTHING, 0)
 
 
-def test_one_process_alone_asks_nobody(monkeypatch):
+def test_one_silence_is_enough(waiting):
+    """Nothing that follows is waited for, unless rank 0 is at work on it; but answers that come late are taken."""
+    with pytest.warns(RuntimeWarning, match="rank 0 has not decided"):
+        answer, took = waiting(60, {})
+    assert answer == NOT_YET
+    assert took == pytest.approx(ranks.BEGIN_SECONDS, abs=2)
+    asked = waiting.store.asked
+    for _ in range(100):  # calls of a layer
+        assert waiting(60, {}) == (NOT_YET, 0)
+        waiting.clock.now += 0.01
+    assert waiting.store.asked <= asked + 1
+    answer, took = waiting(60, {}, "b")  # a second warning would be an error
+    assert (answer, took <= 1) == (NOT_YET, True)
+    waiting.give()
+    waiting.answers.give("b", Identity.of(H100), None)
+    waiting.clock.now += ranks.LOOK_SECONDS
+    assert waiting(60, {}) == (FOUND, 0)
+    assert waiting(60, {}, "b") == (NOTHING, 0)
+    # begun just after this rank has looked: the next look waits for the end
+    waiting.store.clear()
+    assert waiting(60, {1: waiting.begin, 100: waiting.give}) == (FOUND, 100)
+
+
+def test_rank_0_that_begins_and_never_ends_is_waited_for_once(waiting):
+    with pytest.warns(RuntimeWarning, match="rank 0 has not decided"):
+        answer, took = waiting(60, {5: waiting.begin})
+    assert answer == NOT_YET
+    assert took == pytest.approx(ranks.BEGIN_SECONDS + 60 + ranks.END_SECONDS, abs=2)
+    waiting.clock.now += 10
+    assert waiting(60, {}) == (NOT_YET, 0)
+    waiting.clock.now += 10
+    waiting.give()
+    assert waiting(60, {}) == (FOUND, 0)
+
+
+def test_who_comes_first_of_ranks_that_have_once_waited_in_vain_does_not_matter(group, monkeypatch):
+    """The other rank's calls, after rank 0 has decided, are in rank 0's layout."""
+    group(1)
+    monkeypatch.setattr(ranks, "_silent", {GROUP})
+    memory = online._done, choice._decided, choice._memo
+    ensure(make=nobody)  # a moment before rank 0 begins
+    assert choice.choose(H100, WORK).origin == choice.ANALYTIC
+    group(0)
+    ensure()
+    theirs = choice.choose(H100, WORK)
+    group(1)
+    for name, held in zip(("_done", "_decided", "_memo"), memory, strict=True):
+        monkeypatch.setattr(online if name == "_done" else choice, name, held)
+    monkeypatch.setattr(ranks, "LOOK_SECONDS", 0)
+    for wait in ranks._waits.values():
+        wait.look_at = 0
+    ensure(make=nobody)
+    assert choice.choose(H100, WORK).layout == theirs.layout
+
+
+def test_what_is_remembered_of_questions_is_bounded(group, monkeypatch):
+    """Also in a process that calls `forget` again and again."""
+    monkeypatch.setattr(ranks, "_MOST", 10)
+    store = group(0)
+    for _ in range(5):
+        for hidden in (256, 512):
+            ensure(replace(WORK, hidden=hidden))
+        choice.forget()
+    assert len(online._done) == 2
+    answers = ranks.Answers(store, GROUP)
+    for k in range(30):
+        answers.later(f"put off {k}")
+        answers.wait(f"put off {k}", WORK, Identity.of(H100), 60)
+    assert len(ranks._put_off) <= 10
+    ranks._silent.add(GROUP)
+    for k in range(30):
+        answers.wait(f"never {k}", WORK, Identity.of(H100), 60, sleep=lambda _: None)
+    assert len(ranks._waits) <= 10
+
+
+@pytest.fixture
+def in_a_group(monkeypatch):
+    """Pretends that this process is a rank of a group of two, whose store is this one, and held by nobody else."""
+    now = {}
+
+    def enter(store, rank=1):
+        now.update(store=store, rank=rank)
+        if "entered" not in now:  # not before: this process is alone
+            now["entered"] = True
+            monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
+            monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)
+            monkeypatch.setattr(ranks.dist, "get_rank", lambda: now["rank"])
+            monkeypatch.setattr(ranks.dist.distributed_c10d, "_get_default_store", lambda: now["store"])
+
+    monkeypatch.setattr(ranks, "_store", None)
+    return enter
+
+
+def test_groups_are_told_apart(in_a_group):
+    """Those that have been destroyed and made again, too, whatever addresses their stores are given."""
+    found = []
+    for _ in range(20):
+        in_a_group(dist.PrefixStore("default_pg", dist.HashStore()))
+        found.append(ranks.group())
+        assert ranks.group() == found[-1]  # still the same one
+    assert len(set(found)) == 20
+    gone = ranks._store
+    in_a_group(None)
+    gc.collect()
+    assert gone() is None  # nobody keeps its port
+
+
+def test_a_new_group_has_nothing_of_an_old_one_with_the_same_store(in_a_group):
+    below, identity = dist.HashStore(), Identity.of(H100)
+    in_a_group(dist.PrefixStore("default_pg", below))
+    first = ranks.Answers.of(ranks.group())
+    first.give("a", identity, entry().layout)
+    assert ranks.Answers.of(ranks.group()).wait("a", WORK, identity, 60) == FOUND
+    in_a_group(dist.PrefixStore("default_pg", below))
+    second = ranks.Answers.of(ranks.group())
+    assert not second.store.check(["a"])
+    in_a_group(dist.PrefixStore("default_pg", below), 0)  # rank 0 has been in one group only
+    assert ranks.group().met == 1
+
+
+def test_one_process_alone_asks_nobody(in_a_group):
     """Nor one whose group has no store to ask in."""
     assert (ranks.rank(), ranks.group()) == (None, None)
-    for name, value in {"is_initialized": True, "get_world_size": 2, "get_rank": 1}.items():
-        monkeypatch.setattr(ranks.dist, name, lambda value=value: value)
-    store = object()
-    monkeypatch.setattr(ranks.dist.distributed_c10d, "_get_default_store", lambda: store)
-    assert (ranks.rank(), ranks.group()) == (1, id(store))
-    monkeypatch.setattr(ranks.dist.distributed_c10d, "_get_default_store", lambda: None)
+    in_a_group(dist.HashStore())
+    assert ranks.rank() == 1
+    assert ranks.group() is not None
+    in_a_group(None)
     assert (ranks.rank(), ranks.group()) == (None, None)

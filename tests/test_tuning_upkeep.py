@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -313,6 +315,23 @@ def test_import_takes_what_was_exported(capsys, root, tmp_path, monkeypatch):
     file.write_text("{}")
     assert run(capsys, "import", str(file))[0] == USAGE
     assert run(capsys, "import", str(tmp_path / "none"))[0] == USAGE
+
+
+@pytest.mark.parametrize("ahead", [0, 5])
+def test_import_tells_what_was_there_and_is_newer(capsys, root, tmp_path, ahead):
+    """Whoever's clock is a little ahead."""
+    file = tmp_path / "tuned.json"
+    put(root, made())
+    assert run(capsys, "export", "--out", str(file))[0] == DONE
+    put(root, replace(made(us=3.0), at=time.time() + ahead))
+    _, out, _ = run(capsys, "import", str(file))
+    assert "Took 1 entry for 1 device" in out
+    assert "for 1 of them what was there is newer, and stays" in out
+    ((found,),) = [contents.of_cache(root).found]
+    assert found.entry.candidate(found.entry.layout).microseconds == 3.0
+    assert run(capsys, "clear", "--all")[0] == DONE
+    put(root, replace(made(us=3.0), at=1.0))
+    assert "newer" not in run(capsys, "import", str(file))[1]
 
 
 def test_what_is_slower_than_the_default(capsys, root):

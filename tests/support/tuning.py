@@ -43,6 +43,8 @@ def as_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setattr(online, "_done", set())
     monkeypatch.setattr(ranks, "_silent", set())
     monkeypatch.setattr(ranks, "_put_off", set())
+    monkeypatch.setattr(ranks, "_waits", {})
+    monkeypatch.setattr(choice, "_stores", {})
     choice.forget()
     yield tmp_path
     choice.forget()

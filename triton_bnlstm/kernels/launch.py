@@ -97,7 +97,7 @@ def moments(
         try:
             run_in(tuned)
         except KernelError as error:
-            choice.reject(device, work, str(error))
+            choice.reject(device, work, tuned, str(error))
         else:
             return found
     run_in(default_moments_config(columns))
@@ -362,7 +362,7 @@ def recur(
         if reason is None:
             this.run(tuned, launch)
             return
-        choice.reject(device, work, reason)
+        choice.reject(device, work, tuned, reason)
     config = choose(steps=rows.steps)
     if config.sequence:
         launch = this.prepare(config)

@@ -144,11 +144,17 @@ def tuned(device: Device, work: Work) -> Layout | None:
     return None if found.origin == ANALYTIC else found.layout
 
 
-def reject(device: Device, work: Work, reason: str) -> None:
-    """A layout does not run after all: this process takes the analytic one from now on, and says so once."""
-    found = choose(device, work)
+def reject(device: Device, work: Work, layout: Layout, reason: str) -> None:
+    """A layout does not run after all: this process takes the analytic one from now on, and says so once.
+
+    Unless it has another one by now, which other threads or `forget` may have brought.
+    """
+    with _lock:
+        found = choose(device, work)
+        if found.layout != layout or found.origin == ANALYTIC:
+            return
+        _remember(device, work, Choice(space.analytic(device, work), ANALYTIC))
     tell_once(f"the layout of {work.key} from the {found.origin} does not run here ({reason}): the default is taken")
-    _remember(device, work, Choice(space.analytic(device, work), ANALYTIC))
 
 
 def times_forgotten() -> int:
@@ -166,6 +172,7 @@ def forget() -> None:
         _forgotten += 1
         _memo.clear()
         _decided.clear()
-        _stores.clear()
+        for store in _stores.values():
+            store.forget()
         _told.clear()
         shipped.of_device.cache_clear()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from .device import Provenance
@@ -12,6 +13,7 @@ from .work import Key, Layout, key_of_json, layout_as_json, layout_of_json
 
 MODELLED, MEASURED = "modelled", "measured"
 _MOST = 1 << 31  # of any size in a file
+_DAY = 86400.0
 
 
 class Candidate(NamedTuple):
@@ -90,6 +92,12 @@ class Entry:
         """What is known of a layout."""
         return next((each for each in self.candidates if each.layout == layout), None)
 
+    def later_than(self, known: Entry) -> Entry:
+        """This entry, dated after one that was known when it was made, whose clock may be ahead."""
+        if self.at > known.at or not _is_believed(known.at):
+            return self
+        return replace(self, at=known.at + 0.002)
+
     @property
     def gain(self) -> float | None:
         """Time of the default over that of the layout, in the same rounds; None where it was not measured."""
@@ -105,7 +113,7 @@ class Entry:
             "layout": layout_as_json(self.layout),
             "default": layout_as_json(self.default),
             "how": self.how,
-            "at": round(self.at, 3),
+            "at": _at(self.at),
             "by": self.by._asdict(),
             "case": self.case,
             "candidates": [each.as_json() for each in self.candidates],
@@ -148,7 +156,8 @@ def merged(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Two entries of one key as JSON: the later one, with what only the earlier one has tried.
 
     Times of another Triton say nothing about this one's code: its candidates are left behind. What says that it will be
-    measured in the future is from a clock that was wrong, and counts as the earliest: else nothing could replace it.
+    measured tomorrow or later is from a clock that was wrong, and counts as the earliest: else nothing would replace
+    it.
     """
     older, newer = sorted((known, new), key=_when)  # of equal ones the second is newer
     if _triton(older) != _triton(newer):
@@ -161,7 +170,17 @@ def merged(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def _when(entry: dict[str, Any]) -> float:
     at = entry.get("at")
-    return float(at) if isinstance(at, int | float) and 0 < at <= time.time() else 0.0
+    return float(at) if isinstance(at, int | float) and _is_believed(at) else 0.0
+
+
+def _is_believed(at: float) -> bool:
+    """Clocks of hosts that share a cache may differ; not by a day."""
+    return 0 < at <= time.time() + _DAY
+
+
+def _at(seconds: float) -> float:
+    """In a file. Never later than it is."""
+    return math.floor(seconds * 1000) / 1000
 
 
 def _triton(entry: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
@@ -29,7 +28,7 @@ from .choice import CACHE, RANK_0, Choice
 from .device import Identity, provenance_of
 from .entry import MEASURED, Entry
 from .mode import why_not_now
-from .store import Store, locked
+from .store import Busy, Store, locked
 from .tuner import Bench, Tell, nobody, tune
 from .work import FLAGS, Key, Work
 
@@ -46,7 +45,7 @@ class _Question(NamedTuple):
     """
 
     forgotten: int
-    group: int | None
+    group: ranks.Group | None
     mode: str
     numbers: Device
     key: Key
@@ -58,6 +57,7 @@ class _Question(NamedTuple):
 
 
 _done: set[_Question] = set()
+_since = 0  # the latest `times_forgotten` in it
 
 
 def device_bench(work: Work, device: torch.device) -> Bench:
@@ -151,35 +151,43 @@ def ensure_works(
         mode: "on_miss" or "force".
         make: makes the bench that measures.
     """
-    group = ranks.group()
     for work in works:
-        if mode == "on_miss" and group is None and choice.choose(numbers, work).measured:
-            continue
-        question = _Question(choice.times_forgotten(), group, mode, numbers, work.key)
-        if question in _done:
-            continue
+        question = None
         try:
-            final = _decide(question, work, device, make)
+            group = ranks.group()
+            if mode == "on_miss" and group is None and choice.choose(numbers, work).measured:
+                continue
+            question = _Question(choice.times_forgotten(), group, mode, numbers, work.key)
+            final = question in _done or _decide(question, work, device, make)
         except Exception as error:  # whatever it is, the call can do without
             final = True
             tell_once(f"{work.key} could not be tuned ({type(error).__name__}: {error}): its layout stays as it is")
-        if final:
-            _done.add(question)
+        if final and question is not None:
+            _remember(question)
+
+
+def _remember(question: _Question) -> None:
+    """That it is decided. What was asked before `forget` nobody asks again."""
+    global _since
+    if question.forgotten > _since:
+        _since = question.forgotten
+        _done.clear()
+    _done.add(question)
 
 
 def _decide(question: _Question, work: Work, device: torch.device, make: MakeBench) -> bool:
     """Alone, or as rank 0 says. Whether that is final."""
-    numbers, rank, reason = question.numbers, ranks.rank(), why_not_now(device)
+    numbers, group, rank, reason = question.numbers, question.group, ranks.rank(), why_not_now(device)
     if reason is not None:
         origin = choice.choose(numbers, work).origin
         choice.inform_once(f"{work.key} is not tuned now, since {reason}: its layout is that from the {origin}")
-        if rank == 0:
-            ranks.Answers.of_the_group().later(question.name)
+        if group is not None and rank == 0:
+            ranks.Answers.of(group).later(question.name)
         return False
-    if rank is None:
+    if group is None or rank is None:
         _tune_if_needed(question, work, device, make)
         return True
-    answers, identity = ranks.Answers.of_the_group(), Identity.of(numbers)
+    answers, identity = ranks.Answers.of(group), Identity.of(numbers)
     if rank > 0:
         answer = answers.wait(question.name, work, identity, seconds_allowed())
         if answer.layout is not None:
@@ -190,8 +198,13 @@ def _decide(question: _Question, work: Work, device: torch.device, make: MakeBen
     answers.begin(question.name)
     try:
         _tune_if_needed(question, work, device, make)
-    finally:  # be it that nothing was found: what this rank takes
+    except Exception:  # nothing was found, and will not be looked for again: this is what this rank takes
         answers.give(question.name, identity, choice.choose(numbers, work).layout)
+        raise
+    except BaseException:  # interrupted: if the program goes on, its next call tunes
+        answers.later(question.name)
+        raise
+    answers.give(question.name, identity, choice.choose(numbers, work).layout)
     return True
 
 
@@ -218,13 +231,15 @@ def _bar(title: str, seconds: float) -> AbstractContextManager[Tell]:
 
 
 def _alone(store: Store, work: Work, seconds: float) -> AbstractContextManager[None]:
-    """One process at a time measures one thing: the others wait, and find its result."""
+    """One process at a time measures one thing: the others wait, and find its result.
+
+    Raises:
+        Busy: the wait was too long.
+        OSError: there can be no lock.
+    """
     if store.folder is None:
         return nullcontext()
-    try:
-        (store.folder / "measuring").mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return nullcontext()  # the store will say so
+    (store.folder / "measuring").mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(str(work.key).encode()).hexdigest()[:16]
     return locked(store.folder / "measuring" / name, 2 * seconds + 30)
 
@@ -259,8 +274,10 @@ def tune_work(
     with ExitStack() as held:
         try:
             held.enter_context(_alone(store, work, seconds))
-        except OSError as error:
-            warnings.warn(f"triton_bnlstm: {error}: {work.key} is measured anyway", RuntimeWarning, stacklevel=2)
+        except Busy as error:
+            tell_once(f"{error}: {work.key} is measured anyway")
+        except OSError:
+            pass  # nothing can be written there, as the store will say
         known = store.get(work.key, again=True)
         if known is None or known.how != MEASURED or force or complete:
             case = {"hidden": work.hidden, "batch": work.batch, "columns": work.columns}
@@ -271,6 +288,8 @@ def tune_work(
             case["steps"] = getattr(bench, "steps", 0)
             entry = tune(work, bench, by=by, case=case, known=known, seconds=seconds, tell=tell)
             if entry is not known:
+                if known is not None:
+                    entry = entry.later_than(known)
                 store.put(entry)
             known = entry
     choice.decide(numbers, work.key, Choice(known.layout, CACHE, known))

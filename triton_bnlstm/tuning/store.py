@@ -36,6 +36,10 @@ class Foreign(ValueError):
     """A file is not one of ours, or not whole."""
 
 
+class Busy(OSError):
+    """A lock is held by another process for too long."""
+
+
 def cache_directory() -> Path | None:
     """Where the cache is: TRITON_BNLSTM_CACHE_DIR, else the user's cache directory; None where nobody knows one."""
     asked = os.environ.get(VARIABLE)
@@ -146,6 +150,7 @@ def locked(path: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
     """Nobody else holds this file's lock within it. The system takes it from a process that is killed.
 
     Raises:
+        Busy: not in time.
         OSError: it cannot be had.
     """
     try:
@@ -156,7 +161,7 @@ def locked(path: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
         lock = filelock.FileLock(f"{path}.lock", timeout=seconds)
         lock.acquire()
     except filelock.Timeout as error:
-        raise OSError(f"{path}.lock is held by another process for {seconds:g} s") from error
+        raise Busy(f"{path}.lock is held by another process for {seconds:g} s") from error
     except NotImplementedError as error:  # a file system without locks
         raise OSError(str(error)) from error
     try:
@@ -192,9 +197,15 @@ class Store:
 
     def raw(self, kernel: str, *, again: bool = False) -> Raw:
         """Entries of a kernel as JSON, from its file and from memory. again: look into the file even if known."""
-        if again or kernel not in self._read:
-            self._read[kernel] = self._load(kernel)
-        return _with(self._read[kernel], self._unsaved.get(kernel, {}))
+        with self._lock:  # of what two threads read, the later stays
+            if again or kernel not in self._read:
+                self._read[kernel] = self._load(kernel)
+            return _with(self._read[kernel], self._unsaved.get(kernel, {}))
+
+    def forget(self) -> None:
+        """Look into the files again. What could not be written stays: it is nowhere else."""
+        with self._lock:
+            self._read.clear()
 
     def _load(self, kernel: str) -> Raw:
         path = self.path(kernel)
@@ -280,17 +291,18 @@ class Store:
             _remove_abandoned(path)
             entries = how(_with(self._whole(path), self._unsaved.get(kernel, {})))
             write_file(path, self.identity, kernel, entries)
-        self._read[kernel] = entries
+            with self._lock:  # still under the file's lock: else what a thread writes next could be here first
+                self._read[kernel] = entries
 
 
 def _with(entries: Raw, more: Raw) -> Raw:
-    """Entries with more of them: of two of one key what `merged` says, unless the first cannot be understood."""
+    """Entries with more of them: of two of one key what `merged` says, unless the first is none of that key."""
     found = dict(entries)
     for text, told in more.items():
         known = entries.get(text)
         try:
-            if known is not None:
-                Entry.of_json(known)
+            if known is not None and str(Entry.of_json(known).key) != text:
+                known = None
         except ValueError:
             known = None  # nothing of it can be trusted
         found[text] = told if known is None else merged(known, told)

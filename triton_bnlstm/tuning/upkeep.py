@@ -230,7 +230,7 @@ def take(arguments: argparse.Namespace) -> int:
                 if why is None and each.entry is not None:
                     if store.put(each.entry):
                         kept = store.get(each.entry.key)
-                        older += kept is not None and kept.at > each.entry.at
+                        older += kept is not None and kept.as_json()["at"] != each.entry.as_json()["at"]
                         taken, devices = taken + 1, devices | {identity}
                         continue
                     why = "it could not be kept"
