@@ -16,7 +16,7 @@ import torch
 
 from tests.support.tuning import CPU, H100, WORK, FakeBench, as_a_new_process, entry
 from triton_bnlstm import BNLSTM
-from triton_bnlstm.tuning import choice, online, shipped, space
+from triton_bnlstm.tuning import choice, online, ranks, shipped, space
 from triton_bnlstm.tuning import store as stores
 from triton_bnlstm.tuning.choice import ANALYTIC, CACHE
 from triton_bnlstm.tuning.device import Identity
@@ -205,7 +205,7 @@ def test_who_has_waited_too_long_measures_beside_the_other(ensure, made, cache, 
     assert choice.choose(H100, WORK).measured
 
 
-@pytest.mark.parametrize("broken", [(online.ranks, "group"), (choice, "choose")])
+@pytest.mark.parametrize("broken", [(ranks, "group"), (choice, "choose")])
 def test_no_error_of_asking_reaches_the_call(ensure, made, monkeypatch, broken):
     """A group's store that is gone, for one."""
 

@@ -22,6 +22,7 @@ H100 = TARGETS["sm90"].device
 A100 = TARGETS["sm80"].device
 CPU = torch.device("cpu")
 WORK = Work("forward", 512, 64, 1, torch.bfloat16)
+GROUP = ranks.Group(7, 1)
 BY = Provenance("a board", "1.0", torch.__version__, triton_version())
 
 
@@ -101,6 +102,20 @@ class FakeBench:
         seconds = 1e-6 * self.time(layout) * self.noise(len(self.sampled))
         self.clock.now += seconds
         return seconds
+
+
+class FakeStore(dict[str, bytes]):
+    """The store of a process group, and how often it was asked and told."""
+
+    asked = told = 0
+
+    def set(self, name: str, value: str) -> None:
+        self.told += 1
+        self[name] = value.encode()
+
+    def check(self, names: list[str]) -> bool:
+        self.asked += 1
+        return all(name in self for name in names)
 
 
 def entry(
