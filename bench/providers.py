@@ -15,7 +15,7 @@ from torch import Tensor
 
 from triton_bnlstm import BNLSTM
 from triton_bnlstm.backend import why_no_kernels
-from triton_bnlstm.kernels.config import BackwardConfig, Config
+from triton_bnlstm.kernels.config import BackwardConfig, Config, Device
 
 from . import peers
 from .cases import Case
@@ -85,7 +85,7 @@ def _named_parameters(layer: BNLSTM) -> dict[str, Tensor]:
 
 
 def default_layouts(problem: Problem, *, sequence: bool) -> Layouts:
-    """What the device gets in sequence mode or in step mode.
+    """What the device gets in sequence mode or in step mode if nobody tunes: what is shipped, else the analytic choice.
 
     Raises:
         Unavailable: no layout of this case is for sequence mode.
@@ -101,16 +101,31 @@ def default_layouts(problem: Problem, *, sequence: bool) -> Layouts:
     common = (device, case.hidden, case.batch, case.directions, case.dtype, precision)
     steps = case.steps if sequence or device.backend == "cpu" else 1
     forward, inference = (default_config(*common, split_batch=split, steps=steps) for split in (False, True))
-    layouts = Layouts(forward, default_backward_config(*common, steps=steps), inference)
-    if not sequence:
-        forward, backward, inference = layouts
-        return Layouts(
-            replace(forward, sequence=False), replace(backward, sequence=False), replace(inference, sequence=False)
-        )
-    for what, layout in layouts._asdict().items():
-        if not layout.sequence:
+    analytic = Layouts(forward, default_backward_config(*common, steps=steps), inference)
+    found = {}
+    for what, layout in analytic._asdict().items():
+        known = _shipped(device, case, what)
+        if known is not None and known.sequence == sequence:
+            layout = known
+        if sequence and not layout.sequence:
             raise Unavailable(f"sequence mode, {what}: no layout whose programs can all run at the same time")
-    return layouts
+        found[what] = layout if sequence else replace(layout, sequence=False)
+    return Layouts(**found)
+
+
+def _shipped(device: Device, case: Case, what: str) -> Config | BackwardConfig | None:
+    """The layout that the package brings for a kernel of a case, if any can run there."""
+    from triton_bnlstm.tuning import shipped, space
+    from triton_bnlstm.tuning.device import Identity
+
+    from .layouts import work_of
+
+    work = work_of(case, what)
+    entry = None if device.backend == "cpu" else shipped.get(Identity.of(device), work.key)
+    if entry is None or space.why_not(device, work, entry.layout) is not None:
+        return None
+    assert isinstance(entry.layout, (Config, BackwardConfig))
+    return entry.layout
 
 
 def kernels(problem: Problem, layouts: Layouts, save: str = "preactivations", *, device_lengths: bool = False) -> Model:
@@ -130,9 +145,9 @@ def kernels(problem: Problem, layouts: Layouts, save: str = "preactivations", *,
         _named_parameters(layer),
         lambda: problem.batch_normalised,
         graphed=capturable,
-        # In a graph the layer resolves its population again at each replay; called as it is, it keeps the result, and
-        # in sequence mode its few launches are enqueued while the device is still busy.
-        graphed_inference=capturable and not layouts.inference.sequence,
+        # In a graph the layer resolves its population again at each replay, which a call as it is does not; but outside
+        # of one the host takes longer to enqueue even sequence mode's few launches than an H100 to run them.
+        graphed_inference=capturable,
         layout=told,
     )
 

@@ -25,10 +25,13 @@ from triton_bnlstm.kernels.forward_config import default_config
 
 pytestmark = pytest.mark.gpu
 
-# Relative RMS over two dozen steps, h carried in the dtype. float32: as in the interpreter, with longer sums. TF32 and
-# float16 keep 11 bits, bfloat16 8: some ten roundings of 2⁻¹² and 2⁻⁹ as steps hand them on. (The reference path in
-# bfloat16, on a CPU, is off by up to 3.1e-2 in these cases, the kernels in float16 by 2.7e-3, in the interpreter.)
-BOUNDS = {"float32": 1e-5, "tf32": 5e-3, "float16": 5e-3, "bfloat16": 5e-2}
+# Relative RMS over two dozen steps, h carried in the dtype. float32: as in the interpreter, with longer sums. float16
+# keeps 11 bits, bfloat16 8: some ten roundings of 2⁻¹² and 2⁻⁹ as steps hand them on. (The reference path in bfloat16,
+# on a CPU, is off by up to 3.1e-2 in these cases, the kernels in float16 by 2.7e-3, in the interpreter.) TF32 keeps 11
+# bits too, but the tensor cores cut the rest off instead of rounding: both factors of a product, and so its scale, are
+# smaller by some 2⁻¹¹ each. Batch statistics take that back, those of evaluation do not: the reference path in float64
+# whose factors are cut off so is off by up to 9.4e-3 in evaluation, 3.0e-3 in training.
+BOUNDS = {"float32": 1e-5, "tf32": 1.5e-2, "float16": 5e-3, "bfloat16": 5e-2}
 
 
 @pytest.fixture(params=BOUNDS)

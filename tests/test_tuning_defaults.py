@@ -22,7 +22,7 @@ from triton_bnlstm.tuning.work import layout_as_json
 
 FILES = {name: (FOLDER / f"{name}.json").read_text(encoding="utf-8") for name in ARCHITECTURES}
 # Bytes of each file: the package is small.
-MOST_BYTES = 80 * 1024
+MOST_BYTES = 160 * 1024
 
 
 def entries_of(name):
@@ -102,6 +102,13 @@ SM90 = TARGETS["sm90"]
 KEY = str(Work("backward", 1024, 64, 1, torch.bfloat16).key)
 
 
+def modelled_entries(folder):
+    """All entries of the board as the model alone has them, whatever has been measured since."""
+    folder.mkdir()
+    generate(SM90, folder, compiling=False)
+    return read(folder / "sm90.json")[Identity.of(SM90.device)]
+
+
 def measured(fields, **changes):
     entry = Entry.of_json(fields)
     timed = (Candidate(entry.layout, 5.0, 6.0, 15),)
@@ -122,18 +129,21 @@ def with_other_layout(fields, **changes):
         (lambda fields: {**fields, "how": "guessed"}, "neither modelled nor measured"),
         (lambda fields: {**fields, "key": {**fields["key"], "batch": 32}}, "its key is backward bfloat16 H1024 B32"),
         (lambda fields: with_other_layout(fields, warps=4), "does not say why"),
-        (lambda fields: {**with_other_layout(fields, warps=2), "problem": "spills"}, "none that would be tried"),
+        (
+            lambda fields: {**with_other_layout(fields, warps=2), "problem": "spills", "checked": "Triton 3.6.0"},
+            "none that would be tried",
+        ),
         (lambda fields: with_other_layout(fields, warps=64), "64 warps are more than"),
         (lambda fields: {**fields, "default": {**fields["default"], "stages": 2}}, "another one by now"),
     ],
 )
-def test_what_is_wrong_with_an_entry(change, expected):
-    found = fault(SM90, KEY, change(entries_of("sm90")[KEY]))
+def test_what_is_wrong_with_an_entry(change, expected, tmp_path):
+    found = fault(SM90, KEY, change(modelled_entries(tmp_path / "modelled")[KEY]))
     assert (found is None) if expected is None else (found is not None and expected in found)
 
 
 def test_what_is_wrong_with_a_file(tmp_path, monkeypatch, capsys):
-    path, entries = tmp_path / "sm90.json", entries_of("sm90")
+    path, entries = tmp_path / "sm90.json", modelled_entries(tmp_path / "modelled")
     board, other = Identity.of(SM90.device), Identity("cuda", "sm90", 114, 232448)
     assert faults(SM90, tmp_path)[0] == f"sm90.json: {sizes(SM90)[0].name}: missing"
     assert len(faults(SM90, tmp_path)) == len(entries)
@@ -155,7 +165,7 @@ def test_what_is_wrong_with_a_file(tmp_path, monkeypatch, capsys):
 
 
 def test_what_was_measured_stays_as_long_as_its_code(tmp_path):
-    path, entries = tmp_path / "sm90.json", entries_of("sm90")
+    path, entries = tmp_path / "sm90.json", modelled_entries(tmp_path / "modelled")
     board, other = Identity.of(SM90.device), Identity("cuda", "sm90", 114, 232448)
     mine = measured(entries[KEY])
     moments = measured_moments(entries[KEY])
@@ -255,7 +265,7 @@ def test_what_may_take_the_analytic_layouts_place(name):
 
 
 def test_they_compile_as_they_say(tmp_path):
-    keys = [Work(kernel, 1024, 64, 1, torch.bfloat16).key for kernel in ("forward", "backward")]
+    keys = [Work(kernel, 1024, 128, 1, torch.bfloat16).key for kernel in ("forward", "backward")]
     wanted = [size for size in sizes(SM90) if size.work.key in keys]
     there = [entries_of("sm90")[size.name] for size in wanted]
     if any(each["how"] == MEASURED or minor(each["by"]["triton"]) != minor(triton_version()) for each in there):
