@@ -37,15 +37,16 @@ def record(path, *entries, device=IDENTITY, **fields):
 
 def test_a_campaigns_entries_take_the_place_of_modelled_ones(tmp_path, folder):
     before = shipped.parse((folder / "sm90.json").read_text())[IDENTITY]
-    found = entry(by=BY._replace(name="NVIDIA H100"))
-    path = record(tmp_path / "campaign.json", found.as_json(), entry(at=1.0, faster=1.1).as_json())
+    work = replace(WORK, batch=32)  # that is modelled so far
+    found = entry(work, by=BY._replace(name="NVIDIA H100"))
+    path = record(tmp_path / "campaign.json", found.as_json(), entry(work, at=1.0, faster=1.1).as_json())
     assert adopt.adopt([path], folder) == (1, [])
     after = shipped.parse((folder / "sm90.json").read_text())[IDENTITY]
     assert set(after) == set(before)
-    assert before[str(WORK.key)]["how"] == "modelled"
-    assert after[str(WORK.key)] == json.loads(json.dumps(found.as_json()))
-    assert {k: v for k, v in after.items() if k != str(WORK.key)} == {
-        k: v for k, v in before.items() if k != str(WORK.key)
+    assert before[str(work.key)]["how"] == "modelled"
+    assert after[str(work.key)] == json.loads(json.dumps(found.as_json()))
+    assert {k: v for k, v in after.items() if k != str(work.key)} == {
+        k: v for k, v in before.items() if k != str(work.key)
     }
     assert faults(TARGETS["sm90"], folder) == []
     assert adopt.adopt([path], folder) == (0, [])
