@@ -132,6 +132,18 @@ def test_a_layout_that_came_meanwhile_is_not_rejected_for_another():
     assert choice.tuned(H100, WORK) == better
 
 
+def test_what_does_not_run_is_not_taken_again_whoever_decides_for_it():
+    """By the key's other batches, or by rank 0; `forget` starts anew."""
+    choice.store_of(H100).put(entry())
+    with pytest.warns(RuntimeWarning, match="does not run here .too big."):
+        choice.reject(H100, WORK, entry().layout, "too big")
+    choice.decide(H100, WORK.key, Choice(entry().layout, CACHE))
+    assert choice.choose(H100, WORK).origin == choice.ANALYTIC
+    assert choice.tuned(H100, replace(WORK, batch=60)) == entry().layout  # of which nobody has said so
+    choice.forget()
+    assert choice.tuned(H100, WORK) == entry().layout
+
+
 def test_forget_keeps_what_could_not_be_written(tmp_path, monkeypatch):
     """It is nowhere else; what is in files is read again."""
     (tmp_path / "file").write_text("")

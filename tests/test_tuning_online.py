@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.support.tuning import CPU, H100, WORK, FakeBench, as_a_new_process, entry
+from tests.support.tuning import CPU, H100, WORK, FakeBench, FakeStore, as_a_new_process, entry
 from triton_bnlstm import BNLSTM
 from triton_bnlstm.tuning import choice, online, ranks, shipped, space
 from triton_bnlstm.tuning import store as stores
@@ -182,16 +182,21 @@ def test_one_warning_where_nothing_can_be_written(ensure, made, cache, monkeypat
     (Store(Identity.of(H100), cache).folder / "measuring").mkdir(parents=True)
 
     @contextmanager
-    def failing(*_):
-        raise error
+    def failing(path, *_):
+        # as real ones: with the file's name, which is another one for each kernel and each attempt
+        failed.append(path)
+        raise OSError(*error.args, f"{path}.{len(failed)}.part")
         yield
+
+    failed = []
 
     monkeypatch.setattr(online, "locked", failing)
     monkeypatch.setattr(stores, "locked", failing)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        ensure("on_miss", WORK, replace(WORK, hidden=1024), replace(WORK, hidden=768))
+        ensure("on_miss", WORK, replace(WORK, hidden=1024), replace(WORK, kernel="inference"))
     assert len(made) == 3
+    assert len({str(path) for path in failed}) > 1
     assert ["they last for this process only" in str(each.message) for each in told] == [True]
 
 
@@ -205,17 +210,49 @@ def test_who_has_waited_too_long_measures_beside_the_other(ensure, made, cache, 
     assert choice.choose(H100, WORK).measured
 
 
-@pytest.mark.parametrize("broken", [(ranks, "group"), (choice, "choose")])
-def test_no_error_of_asking_reaches_the_call(ensure, made, monkeypatch, broken):
-    """A group's store that is gone, for one."""
-
+def test_no_error_of_choosing_reaches_the_call(ensure, made, monkeypatch):
     def failing(*_):
         raise ConnectionError("nobody is there")
 
-    monkeypatch.setattr(*broken, failing)
+    monkeypatch.setattr(choice, "choose", failing)
     with pytest.warns(RuntimeWarning, match=r"could not be tuned .ConnectionError: nobody is there"):
         ensure("on_miss")
     assert made == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_error_of_asking_reaches_the_call(ensure, made, monkeypatch, rank):
+    """A group's store that is gone for a moment. What another rank has not heard, it asks for again."""
+
+    class Gone(FakeStore):
+        def set(self, name, value):
+            raise ConnectionError("nobody is there")
+
+        def check(self, names):
+            raise ConnectionError("nobody is there")
+
+    store = Gone()
+    group = ranks.Group(store)
+    monkeypatch.setattr(ranks, "rank", lambda: rank)
+    monkeypatch.setattr(ranks, "group", lambda: group)
+    monkeypatch.setattr(ranks.Answers, "of", lambda group: ranks.Answers(store, group))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            ensure("on_miss")
+    assert ["ConnectionError" in str(each.message) for each in told] == [True]
+    assert made == []
+    assert len(online._done) == (1 if rank == 0 else 0)
+    if rank == 1:
+        there = FakeStore()
+        ranks.Answers(there, ranks.Group(there)).give(
+            f"{choice.times_forgotten()}/on_miss/{WORK.key}", Identity.of(H100), entry().layout
+        )
+        monkeypatch.setattr(ranks.Answers, "of", lambda group: ranks.Answers(there, group))
+        for wait in group.waits.values():
+            wait.look_at = 0.0  # a minute later
+        ensure("on_miss")
+        assert choice.choose(H100, WORK) == choice.Choice(entry().layout, choice.RANK_0)
 
 
 def test_a_fresh_measurement_is_kept_whatever_the_clocks_say(ensure, cache):

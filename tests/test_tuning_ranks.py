@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.tuning import CPU, GROUP, H100, WORK, FakeBench, FakeStore, as_a_new_process, entry
+from tests.support.tuning import CPU, H100, WORK, FakeBench, FakeStore, as_a_new_process, entry
 from triton_bnlstm.tuning import choice, online, ranks
 from triton_bnlstm.tuning.device import Identity
 from triton_bnlstm.tuning.tuner import TuningError
@@ -115,20 +115,23 @@ def test_rank_0_decides_for_all(tmp_path, size, what):
 @pytest.fixture
 def group(monkeypatch):
     """Several ranks in one process: `group(1)` is rank 1 from then on, with a process's memory of its own."""
-    store = FakeStore()
-    monkeypatch.setattr(ranks, "group", lambda: GROUP)
+    store, groups = FakeStore(), {}
+    monkeypatch.setattr(ranks, "LOOK_SECONDS", 0)
+    monkeypatch.setitem(ranks.Answers.wait.__kwdefaults__, "sleep", lambda _: pytest.fail("it waits"))
     monkeypatch.setattr(ranks.Answers, "of", lambda group: ranks.Answers(store, group))
 
     def become(rank):
+        groups.setdefault(rank, ranks.Group(store))
+        monkeypatch.setattr(ranks, "group", lambda: groups[rank])
         monkeypatch.setattr(ranks, "rank", lambda: rank)
         monkeypatch.setattr(online, "_done", set())
         monkeypatch.setattr(choice, "_decided", {})
         monkeypatch.setattr(choice, "_memo", {})
         monkeypatch.setattr(choice, "_stores", {})
         monkeypatch.setenv("TRITON_BNLSTM_CACHE_DIR", f"{os.environ['TRITON_BNLSTM_CACHE_DIR']}/{rank}")
-        monkeypatch.setattr(ranks.time, "sleep", lambda _: pytest.fail("it waits"))
         return store
 
+    become.groups = groups
     return become
 
 
@@ -164,17 +167,17 @@ def test_rank_0_answers_whatever_becomes_of_its_tuning(group, monkeypatch):
     monkeypatch.delenv("TRITON_BNLSTM_AUTOTUNE_SECONDS")
     group(1)
     ensure(other, make=nobody)
-    assert len(store) == 2
+    assert len(store.said()) == 2
 
     def interrupted(work, device):
         raise KeyboardInterrupt
 
     group(0)
     third = replace(WORK, hidden=768)
-    ranks.Answers(store, GROUP).later(f"{choice.times_forgotten()}/on_miss/{third.key}")  # at an earlier call
+    ranks.Answers(store, group.groups[0]).later(f"{choice.times_forgotten()}/on_miss/{third.key}")  # at an earlier call
     with pytest.raises(KeyboardInterrupt):
         ensure(third, make=interrupted)
-    assert not [text for text in store.values() if text == b"begun"]
+    assert not [text for text in store.said() if text == b"begun"]
 
 
 @pytest.mark.parametrize("others_ask", ["meanwhile", "later"])
@@ -216,12 +219,12 @@ def test_what_rank_0_puts_off_it_decides_later(group):
             ensure()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert (list(store.values()), store.told) == ([b"not now"], 1)
+    assert (store.said(), store.told) == ([b"not now"], 2)  # and the group's name
     group(1)
     ensure(make=nobody)
     ensure(make=nobody)
     assert choice.choose(H100, WORK).origin == choice.ANALYTIC
-    assert store.asked == 2
+    assert store.asked == 4  # for the group's name, and for the answer
     group(0)
     ensure()
     theirs = choice.choose(H100, WORK)
@@ -255,7 +258,7 @@ def test_a_key_is_asked_once_for_all_its_batches(group):
     assert {choice.choose(H100, work).layout for work in works} != {theirs}
     for work in works:
         ensure(work, make=nobody)
-    assert store.asked == 1
+    assert store.asked == 2  # for the group's name, and for the answer
     assert {choice.choose(H100, work) for work in works} == {choice.Choice(theirs, choice.RANK_0)}
 
 
@@ -267,19 +270,19 @@ def test_who_has_tuned_alone_answers_in_a_group(group, monkeypatch):
     ensure()
     assert not store
     monkeypatch.setattr(ranks, "rank", lambda: 0)
-    monkeypatch.setattr(ranks, "group", lambda: GROUP)
+    monkeypatch.setattr(ranks, "group", lambda: group.groups[0])
     ensure(make=nobody)  # it knows
-    assert len(store) == 1
+    assert len(store.said()) == 1
     ensure(mode="force")
     choice.forget()
     ensure(make=nobody)
-    assert len(store) == 3
+    assert len(store.said()) == 3
 
 
 def test_who_comes_first_of_ranks_that_have_once_waited_in_vain_does_not_matter(group, monkeypatch):
     """The other rank's calls, after rank 0 has decided, are in rank 0's layout."""
     group(1)
-    monkeypatch.setattr(ranks, "_silent", {GROUP})
+    group.groups[1].silent = True
     memory = online._done, choice._decided, choice._memo
     ensure(make=nobody)  # a moment before rank 0 begins
     assert choice.choose(H100, WORK).origin == choice.ANALYTIC
@@ -289,9 +292,6 @@ def test_who_comes_first_of_ranks_that_have_once_waited_in_vain_does_not_matter(
     group(1)
     for name, held in zip(("_done", "_decided", "_memo"), memory, strict=True):
         monkeypatch.setattr(online if name == "_done" else choice, name, held)
-    monkeypatch.setattr(ranks, "LOOK_SECONDS", 0)
-    for wait in ranks._waits.values():
-        wait.look_at = 0
     ensure(make=nobody)
     assert choice.choose(H100, WORK).layout == theirs.layout
 
@@ -305,12 +305,12 @@ def test_what_is_remembered_of_questions_is_bounded(group, monkeypatch):
             ensure(replace(WORK, hidden=hidden))
         choice.forget()
     assert len(online._done) == 2
-    answers = ranks.Answers(store, GROUP)
+    answers = ranks.Answers(store, group.groups[0])
     for k in range(30):
         answers.later(f"put off {k}")
         answers.wait(f"put off {k}", WORK, Identity.of(H100), 60)
-    assert len(ranks._put_off) <= 10
-    ranks._silent.add(GROUP)
+    assert len(answers.group.put_off) <= 10
+    answers.group.silent = True
     for k in range(30):
         answers.wait(f"never {k}", WORK, Identity.of(H100), 60, sleep=lambda _: None)
-    assert len(ranks._waits) <= 10
+    assert len(answers.group.waits) <= 10

@@ -448,7 +448,7 @@ def test_a_lock_that_is_held_too_long(store, monkeypatch):
 
     monkeypatch.setattr(stores, "locked", briefly)
     with FileLock(f"{store.path('forward')}.lock"):
-        memory_only(store, r"is held by another process for 0\.05 s")
+        memory_only(store, r"\(held by another process for 0\.05 s\)")
 
 
 def test_what_a_killed_writer_has_left_goes_after_an_hour(store):

@@ -22,7 +22,6 @@ H100 = TARGETS["sm90"].device
 A100 = TARGETS["sm80"].device
 CPU = torch.device("cpu")
 WORK = Work("forward", 512, 64, 1, torch.bfloat16)
-GROUP = ranks.Group(7, 1)
 BY = Provenance("a board", "1.0", torch.__version__, triton_version())
 
 
@@ -42,9 +41,7 @@ def as_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setattr(errors, "_told", set())
     monkeypatch.setattr(shipped, "get", lambda identity, key: None)
     monkeypatch.setattr(online, "_done", set())
-    monkeypatch.setattr(ranks, "_silent", set())
-    monkeypatch.setattr(ranks, "_put_off", set())
-    monkeypatch.setattr(ranks, "_waits", {})
+    monkeypatch.setattr(ranks, "_group", None)
     monkeypatch.setattr(choice, "_stores", {})
     choice.forget()
     yield tmp_path
@@ -108,6 +105,10 @@ class FakeStore(dict[str, bytes]):
     """The store of a process group, and how often it was asked and told."""
 
     asked = told = 0
+
+    def said(self) -> list[bytes]:
+        """Rank 0's answers, without the name of its group."""
+        return [text for name, text in self.items() if not name.endswith("/group")]
 
     def set(self, name: str, value: str) -> None:
         self.told += 1

@@ -47,6 +47,7 @@ class Choice(NamedTuple):
 _lock = RLock()
 _memo: dict[tuple[Device, Work], Choice] = {}
 _decided: dict[tuple[Device, Key], Choice] = {}  # by this process's tuning, or by rank 0: for all works of a key
+_rejected: set[tuple[Device, Work, Layout]] = set()  # did not run, whoever recommends them
 _stores: dict[tuple[str, Identity], Store] = {}
 _forgotten = 0  # how often
 _told: set[str] = set()
@@ -131,6 +132,8 @@ def _look_up(device: Device, work: Work) -> Choice:
 
 def _fits(device: Device, work: Work, layout: Layout, origin: str) -> bool:
     """Whether a key's layout can run for this work; says so if not."""
+    if (device, work, layout) in _rejected:
+        return False
     reason = space.why_not(device, work, layout)
     if reason is not None:
         size = f"D={work.columns}" if work.kernel == "moments" else f"H={work.hidden}"
@@ -145,16 +148,19 @@ def tuned(device: Device, work: Work) -> Layout | None:
 
 
 def reject(device: Device, work: Work, layout: Layout, reason: str) -> None:
-    """A layout does not run after all: this process takes the analytic one from now on, and says so once.
+    """A layout does not run after all: this process does not take it for this work until `forget`, and says so once.
 
-    Unless it has another one by now, which other threads or `forget` may have brought.
+    Unless it has another one by now, which other threads or `forget` may have brought: then nothing is said.
     """
     with _lock:
         found = choose(device, work)
-        if found.layout != layout or found.origin == ANALYTIC:
-            return
-        _remember(device, work, Choice(space.analytic(device, work), ANALYTIC))
-    tell_once(f"the layout of {work.key} from the {found.origin} does not run here ({reason}): the default is taken")
+        if len(_rejected) >= _MOST_KNOWN:
+            _rejected.clear()
+        _rejected.add((device, work, layout))
+        _memo.pop((device, work), None)
+    if found.layout == layout and found.origin != ANALYTIC:
+        layout_of_origin = f"the layout of {work.key} from the {found.origin}"
+        tell_once(f"{layout_of_origin} does not run here ({reason}): the default is taken")
 
 
 def times_forgotten() -> int:
@@ -172,6 +178,7 @@ def forget() -> None:
         _forgotten += 1
         _memo.clear()
         _decided.clear()
+        _rejected.clear()
         for store in _stores.values():
             store.forget()
         _told.clear()

@@ -41,7 +41,7 @@ MakeBench = Callable[[Work, torch.device], Bench]
 class _Question(NamedTuple):
     """What is decided once in a process: for all works of a key, be it that nothing was found.
 
-    forgotten: see `choice.times_forgotten`. group: see `ranks.group`.
+    forgotten: see `choice.times_forgotten`. group: this process's, if any.
     """
 
     forgotten: int
@@ -128,7 +128,7 @@ def ensure(calls: list[Call], precision: str, mode: str, *, gradients: bool, sav
 
     What `use_config` gives a layout of its own is left out.
 
-    Nothing that goes wrong here keeps the call from running: it gets the layouts that are there.
+    Nothing that goes wrong in tuning keeps the call from running: it gets the layouts that are there.
     """
     weight: Tensor = calls[0].parameters.weight_hh
     if mode == "off" or weight.device.type != "cuda":
@@ -151,18 +151,17 @@ def ensure_works(
         mode: "on_miss" or "force".
         make: makes the bench that measures.
     """
+    group = ranks.group()
     for work in works:
-        question = None
+        question = _Question(choice.times_forgotten(), group, mode, numbers, work.key)
         try:
-            group = ranks.group()
             if mode == "on_miss" and group is None and choice.choose(numbers, work).measured:
                 continue
-            question = _Question(choice.times_forgotten(), group, mode, numbers, work.key)
             final = question in _done or _decide(question, work, device, make)
         except Exception as error:  # whatever it is, the call can do without
-            final = True
+            final = ranks.rank() in (None, 0)  # another rank's question may yet be answered
             tell_once(f"{work.key} could not be tuned ({type(error).__name__}: {error}): its layout stays as it is")
-        if final and question is not None:
+        if final:
             _remember(question)
 
 

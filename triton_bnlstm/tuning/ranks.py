@@ -10,6 +10,7 @@ takes the answer when there is one.
 from __future__ import annotations
 
 import json
+import secrets
 import time
 import weakref
 from collections.abc import Callable
@@ -29,37 +30,44 @@ BEGIN_SECONDS, END_SECONDS = 60.0, 120.0
 LOOK_SECONDS = 1.0
 _BEGUN, _LATER = "begun", "not now"
 _PREFIX = "triton_bnlstm/tuning"
-# Questions that are remembered here: these start anew beyond it, which costs a look or a message, and no more.
+# Questions of a group that are remembered. Beyond it the oldest is as if it had not been asked.
 _MOST = 4096
-
-
-class Group(NamedTuple):
-    """A default process group. Equal ones are one group.
-
-    number: how many this process has met before. met: how many this process's rank has met in the group's store.
-    """
-
-    number: int
-    met: int
 
 
 @dataclass
 class _Wait:
-    """For one answer. begun_by, done_by: how long. look_at: not before."""
+    """For one answer. begun_by: the end of it, unless rank 0 has begun; done_by: then. look_at: not before."""
 
     begun_by: float
-    done_by: float
+    done_by: float | None = None
     look_at: float = 0.0
 
 
+class Group:
+    """A default process group, and what this process knows of its answers. Only itself is equal to it.
+
+    Args:
+        store: its store. It is not kept alive, since that would keep its port.
+        before: the group that this process was in before.
+    """
+
+    def __init__(self, store: Any, before: Group | None = None) -> None:
+        self._store = weakref.ref(store)
+        # Rank 0's name for this group, and those of earlier ones: a store may have served them, and still have their
+        # answers. That of a group in which this process never asked it cannot know.
+        self.token = ""
+        self.old: frozenset[str] = before.old | {before.token} if before is not None else frozenset()
+        self.silent = False  # rank 0 has left a question of this process unanswered
+        self.waits: dict[str, _Wait] = {}
+        self.put_off: dict[str, None] = {}  # by rank 0
+
+    def is_of(self, store: Any) -> bool:
+        """Whether this is its store; what an `id` says of one that is gone may be said of the next one."""
+        return self._store() is store
+
+
 _lock = Lock()
-# The last group's store, not kept alive, since that would keep the port; what an `id` says of one that is gone may be
-# said of the next one.
-_store: weakref.ref[Any] | None = None
-_group = Group(-1, 0)
-_silent: set[Group] = set()  # where rank 0 has left a question of this process unanswered
-_waits: dict[tuple[Group, str], _Wait] = {}
-_put_off: set[tuple[Group, str]] = set()  # by rank 0
+_group: Group | None = None  # the last one
 
 
 def rank() -> int | None:
@@ -70,22 +78,14 @@ def rank() -> int | None:
 
 
 def group() -> Group | None:
-    """The default process group; None where this process is alone.
-
-    Raises:
-        Exception: whatever the group's store has to say.
-    """
-    global _store, _group
-    number = rank()
-    if number is None:
+    """The default process group; None where this process is alone."""
+    global _group
+    if rank() is None:
         return None
     store = dist.distributed_c10d._get_default_store()
     with _lock:
-        if _store is None or _store() is not store:
-            # A store may have served another group before, whose answers it still has. Ranks of one program meet the
-            # same groups, so they count the same.
-            met = store.add(f"{_PREFIX}/met by {number}", 1)
-            _store, _group = weakref.ref(store), Group(_group.number + 1, met)
+        if _group is None or not _group.is_of(store):
+            _group = Group(store, _group)
         return _group
 
 
@@ -96,12 +96,15 @@ class Answer(NamedTuple):
     final: bool = True
 
 
+_NOT_YET = Answer(None, final=False)
+
+
 class Answers:
     """What rank 0 has decided.
 
     Args:
         store: with `set`, `get` and `check`, as torch.distributed's stores.
-        group: which.
+        group: whose.
     """
 
     def __init__(self, store: Any, group: Group) -> None:
@@ -110,27 +113,43 @@ class Answers:
     @classmethod
     def of(cls, group: Group) -> Answers:
         """Of the default process group, which this is."""
-        store = dist.distributed_c10d._get_default_store()
-        return cls(dist.distributed_c10d.PrefixStore(f"{_PREFIX}/{group.met}", store), group)
+        return cls(dist.distributed_c10d._get_default_store(), group)
 
     def begin(self, name: str) -> None:
         """Rank 0: an answer is on its way."""
-        _put_off.discard((self.group, name))
-        self.store.set(name, _BEGUN)
+        self.group.put_off.pop(name, None)
+        self._tell(name, _BEGUN)
 
     def later(self, name: str) -> None:
         """Rank 0: not now, so nobody needs to wait."""
-        if (self.group, name) not in _put_off:
-            if len(_put_off) >= _MOST:
-                _put_off.clear()
-            _put_off.add((self.group, name))
-            self.store.set(name, _LATER)
+        if name not in self.group.put_off:
+            self._tell(name, _LATER)
+            _add(self.group.put_off, name, None)
 
     def give(self, name: str, identity: Identity, layout: Layout | None) -> None:
         """Rank 0: this is it; None: nothing was found, each takes what it has."""
-        _put_off.discard((self.group, name))
+        self.group.put_off.pop(name, None)
         told = {"device": identity._asdict(), "layout": None if layout is None else layout_as_json(layout)}
-        self.store.set(name, json.dumps(told))
+        self._tell(name, json.dumps(told))
+
+    def _tell(self, name: str, text: str) -> None:
+        if not self.group.token:
+            token = secrets.token_hex(8)
+            self.store.set(f"{_PREFIX}/group", token)
+            self.group.token = token
+        self.store.set(f"{_PREFIX}/{self.group.token}/{name}", text)
+
+    def _heard(self, name: str) -> str:
+        """What rank 0 has said; nothing, if it has not."""
+        token = self._text(f"{_PREFIX}/group")
+        if not token or token in self.group.old:
+            return ""
+        self.group.token = token
+        return self._text(f"{_PREFIX}/{token}/{name}")
+
+    def _text(self, name: str) -> str:
+        # `check` first: `get` would hold the connection until there is one
+        return self.store.get(name).decode() if self.store.check([name]) else ""
 
     def wait(
         self,
@@ -152,37 +171,66 @@ class Answers:
             identity: of this rank's device.
             seconds: the time cap of rank 0's tuning.
             clock, sleep: the time that passes.
+
+        Raises:
+            Exception: whatever the group's store has to say.
         """
-        wait = self._wait(name, seconds, clock())
+        waits = self.group.waits
+        wait = waits.get(name)
+        if wait is None:
+            wait = _Wait(clock() + (0.0 if self.group.silent else BEGIN_SECONDS))
+            _add(waits, name, wait)
         if clock() < wait.look_at:
-            return Answer(None, final=False)
+            return _NOT_YET
+        try:
+            answer = self._wait(wait, name, work, identity, seconds, clock, sleep)
+        except Exception:  # a store that does not answer may have taken long to say so
+            wait.look_at = clock() + BEGIN_SECONDS
+            raise
+        except BaseException:  # interrupted: if the program goes on, it asks anew
+            waits.pop(name, None)
+            raise
+        if answer.final:
+            waits.pop(name, None)
+        wait.look_at = clock() + LOOK_SECONDS
+        return answer
+
+    def _wait(
+        self,
+        wait: _Wait,
+        name: str,
+        work: Work,
+        identity: Identity,
+        seconds: float,
+        clock: Callable[[], float],
+        sleep: Callable[[float], None],
+    ) -> Answer:
         while True:
-            # `check` first: `get` would hold the connection until there is an answer
-            text = self.store.get(name).decode() if self.store.check([name]) else ""
+            text = self._heard(name)
+            if text == _LATER:
+                wait.done_by = None  # it will begin anew
+                return _NOT_YET
             if text and text != _BEGUN:
-                _waits.pop((self.group, name), None)
-                return Answer(None, final=False) if text == _LATER else Answer(_read(text, work, identity))
-            if clock() > (wait.done_by if text else wait.begun_by):
+                return Answer(_read(text, work, identity))
+            if text and wait.done_by is None:
+                wait.done_by = clock() + seconds + END_SECONDS
+            if clock() > (wait.begun_by if wait.done_by is None else wait.done_by):
                 break
             sleep(0.05)
-        wait.look_at = clock() + LOOK_SECONDS
-        if self.group not in _silent:
-            _silent.add(self.group)
+        if not self.group.silent:
+            self.group.silent = True
             tell_once(
                 f"rank 0 has not decided about {work.key}, whose layout this rank needs: it goes on with what it knows "
                 "itself, for this and whatever else rank 0 leaves unanswered, until there is an answer"
             )
-        return Answer(None, final=False)
+        return _NOT_YET
 
-    def _wait(self, name: str, seconds: float, now: float) -> _Wait:
-        """For this answer, from when it was asked for first."""
-        question = self.group, name
-        if question not in _waits:
-            if len(_waits) >= _MOST:
-                _waits.clear()
-            patience = 0.0 if self.group in _silent else BEGIN_SECONDS
-            _waits[question] = _Wait(now + patience, now + BEGIN_SECONDS + seconds + END_SECONDS)
-        return _waits[question]
+
+def _add(known: dict[str, Any], name: str, value: Any) -> None:
+    """In place of the oldest, if there are too many."""
+    if len(known) >= _MOST:
+        known.pop(next(iter(known)), None)
+    known[name] = value
 
 
 def _read(text: str, work: Work, identity: Identity) -> Layout | None:

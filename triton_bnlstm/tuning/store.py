@@ -7,6 +7,7 @@ What goes wrong here costs a warning, never the work: entries then live in this 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -38,6 +39,9 @@ class Foreign(ValueError):
 
 class Busy(OSError):
     """A lock is held by another process for too long."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} is {self.strerror}"
 
 
 def cache_directory() -> Path | None:
@@ -161,7 +165,7 @@ def locked(path: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
         lock = filelock.FileLock(f"{path}.lock", timeout=seconds)
         lock.acquire()
     except filelock.Timeout as error:
-        raise Busy(f"{path}.lock is held by another process for {seconds:g} s") from error
+        raise Busy(errno.EAGAIN, f"held by another process for {seconds:g} s", f"{path}.lock") from error
     except NotImplementedError as error:  # a file system without locks
         raise OSError(str(error)) from error
     try:
@@ -266,8 +270,9 @@ class Store:
         try:
             self._write(kernel, lambda entries: entries)
         except OSError as error:
-            if self.root is not None:
-                tell_once(f"tuned layouts cannot be kept in {self.root} ({error}): they last for this process only")
+            if self.root is not None:  # without the error's file, whose name is another one each time
+                why = error.strerror or error
+                tell_once(f"tuned layouts cannot be kept in {self.root} ({why}): they last for this process only")
             return False
         with self._lock:
             left = {text: told for text, told in self._unsaved[kernel].items() if told is not waiting.get(text)}
