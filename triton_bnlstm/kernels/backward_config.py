@@ -5,24 +5,27 @@ Megabytes that all programs together exchange through L2 in a step, dz and parti
 U units for each of 128 programs. "n × m" is n parts of the inner extent 4H, m parts of the rows:
 
         B      H    U    whole    4 × 1    8 × 1   16 × 1    8 × 2    4 × 4    8 × 4    cluster    taken (H100)
-       64    512    4     33.6      9.4      6.3      6.3      4.2      3.1      3.1        2.1    4 × 4
+       64    512    4     33.6      9.4      6.3      6.3      4.2      3.1      3.1        2.1    8 × 2
        64   1024    8     67.1     18.9     12.6     12.6      8.4      6.3      6.3        4.2    8 × 2
-       64   2048   16    134.2     37.7     25.2     25.2     16.8     12.6     12.6        8.4    8 × 1
+       64   2048   16    134.2     37.7     25.2     25.2     16.8     12.6     12.6        8.4    4 × 2
       128    512    4     67.1     18.9     12.6     12.6      8.4      6.3      6.3        4.2    8 × 4
       128   1024    8    134.2     37.7     25.2     25.2     16.8     12.6     12.6        8.4    8 × 2
-      128   2048   16    268.4     75.5     50.3     50.3     33.6     25.2     25.2       16.8    8 × 1
+      128   2048   16    268.4     75.5     50.3     50.3     33.6     25.2     25.2       16.8    2 × 4
       256    512    4    134.2     37.7     25.2     25.2     16.8     12.6     12.6        8.4    8 × 4
       256   1024    8    268.4     75.5     50.3     50.3     33.6     25.2     25.2       16.8    8 × 2
-      256   2048   16    536.9    151.0    100.7    100.7     67.1     50.3     50.3       33.6    8 × 1
+      256   2048   16    536.9    151.0    100.7    100.7     67.1     50.3     50.3       33.6    2 × 4
 
-"whole" meets once in a step, all others twice: it wins where H is small, or few rows are. m parts of the rows multiply
-what W_hhᵀ takes on chip by m, 64 KB of a program at H = 1024: 8 × 4 would fit nowhere there, and at H = 2048, where the
-weights are streamed in any case, m parts would stream them m times. "cluster" is "whole" with each row of dz sent once
-to a cluster of 16 programs, which Triton cannot say; with parts of the rows it is not far away.
+"whole" meets once in a step, all others twice; but each of its programs multiplies all of 4H, one product behind the
+other, and was slower on an H100 even at H = 100. m parts of the rows multiply what W_hhᵀ takes on chip by m, 64 KB of a
+program at H = 1024: 8 × 4 would fit nowhere there. At H = 2048 the weights are streamed in any case, m times with m
+parts of the rows, yet each program has as many tiles of the batch less to walk through, which was faster there (51 us
+with 4 × 4, 63 with 8 × 1, at B = 128). "cluster" is "whole" with each row of dz sent once to a cluster of 16 programs,
+which Triton cannot say; with parts of the rows it is not far away.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -37,17 +40,7 @@ from .config import (
     Device,
     power_of_two,
 )
-
-# What a choice between layouts rests on, as published by others for an H100, per multiprocessor where that is told:
-# L2 to all multiprocessors at once, and to one alone; and one meeting of a grid. Only their ratios matter.
-_L2_BYTES_PER_SECOND = 5.5e12 / 132
-_L2_BYTES_PER_SECOND_ALONE = 110e9
-_MEETING = 1.1e-6
-# Multiply-adds of one multiprocessor, and the time that gates and norms of one unit and row take there, by the
-# instructions that they compile to.
-_PRODUCTS_PER_SECOND = 3e12
-_PRODUCTS_PER_SECOND_WITHOUT = 2e11
-_SECONDS_OF_A_UNIT = 1.2e-9
+from .model import Step, preferred, step_seconds
 
 
 def exchanged_bytes(hidden: int, batch: int, size: int, units: int, splits: int = 1, groups: int = 1) -> int:
@@ -68,51 +61,36 @@ def exchanged_bytes(hidden: int, batch: int, size: int, units: int, splits: int 
     return read + written + splits * batch * hidden * 4
 
 
-def step_seconds(device: Device, layout: BackwardConfig, hidden: int, batch: int, size: int, *, matrix: bool) -> float:
-    """Modelled time of a step: what it exchanges and streams, its meetings, its products and its gates."""
-    programs = layout.programs(hidden)
-    moved = exchanged_bytes(hidden, batch, size, layout.units, layout.splits, layout.groups)
-    if not layout.resident:
-        moved += 4 * hidden * hidden * layout.groups * size
-    return stage_seconds(
-        device,
-        moved_by_one=moved / programs,
-        programs=programs,
-        meetings=0 if programs == 1 else 1 + layout.divided,
-        products=4 * hidden * max(16, layout.product_rows) * batch / (layout.splits * layout.groups),
-        units=layout.units * batch,
-        matrix=matrix,
-    )
-
-
-def stage_seconds(
-    device: Device,
-    *,
-    moved_by_one: float,
-    programs: int,
-    meetings: int,
-    products: float,
-    units: int,
-    matrix: bool,
+def backward_seconds(
+    device: Device, layout: BackwardConfig, hidden: int, batch: int, directions: int, size: int, *, matrix: bool
 ) -> float:
-    """Modelled time of a step from what one program does in it.
+    """Modelled time of a step: what it exchanges and streams, its meetings, its products and its gates.
 
     Args:
-        device: its numbers.
-        moved_by_one: bytes through L2.
-        programs: how many move as much at the same time.
-        meetings: of all programs.
-        products: multiply-adds; matrix: on matrix units.
-        units: units times rows whose gates and norms it makes.
+        device, layout: where and how.
+        hidden, batch, directions: H, B, 1 or 2.
+        size: bytes of an element.
+        matrix: products run on matrix units.
     """
-    together = moved_by_one * programs / (device.multiprocessors * _L2_BYTES_PER_SECOND)
-    alone = moved_by_one / _L2_BYTES_PER_SECOND_ALONE
-    return (
-        max(together, alone)
-        + meetings * _MEETING
-        + products / (_PRODUCTS_PER_SECOND if matrix else _PRODUCTS_PER_SECOND_WITHOUT)
-        + units * _SECONDS_OF_A_UNIT
+    programs = layout.programs(hidden)
+    tiles = math.ceil(batch / layout.batch_tile)
+    # a tile of the divided product has a part of the rows
+    passes = math.ceil(batch / layout.groups / layout.product_tile(batch)) if layout.divided else tiles
+    extent = 4 * hidden / layout.splits
+    moved = exchanged_bytes(hidden, batch, size, layout.units, layout.splits, layout.groups) / programs
+    if not layout.resident:
+        moved += passes * layout.product_rows * extent * size
+    step = Step(
+        "backward",
+        directions * programs,
+        0 if programs == 1 and layout.sequence else 1 + layout.divided,
+        moved,
+        passes * math.ceil(extent / layout.inner),
+        max(16, layout.product_rows) * extent * batch / layout.groups,
+        layout.units * batch,
+        tiles,
     )
+    return step_seconds(device, layout, step, matrix=matrix)
 
 
 def bytes_around_the_loop(hidden: int, columns: int, size: int, *, save: str) -> int:
@@ -158,16 +136,13 @@ def default_backward_config(
             continue
         if groups > 1 and 16 * groups > seats:
             continue
-        layout = laid_out(device, hidden, batch, dtype, matrix, units, splits, groups, sequence=steps > 1)
-        together = device.backend == "cuda" and device.capability >= 70 and steps > 1
-        programs = directions * layout.programs(hidden)
-        meets = together and (programs <= device.multiprocessors or layout.programs(hidden) == 1)
-        if not meets:
-            layout = laid_out(device, hidden, batch, dtype, matrix, units, splits, groups, sequence=False)
-        seconds = step_seconds(device, layout, hidden, batch, dtype.itemsize, matrix=matrix)
-        # in step mode a meeting is a launch, and programs beyond one of a multiprocessor take turns
-        turns = -(-programs // device.multiprocessors)
-        fitting.append((not meets, seconds * turns, -units, splits * groups, layout))
+        for sequence in (True, False):
+            layout = laid_out(device, hidden, batch, dtype, matrix, units, splits, groups, sequence=sequence)
+            programs = layout.programs(hidden)
+            if sequence and not device.may_meet(directions * programs, alone=programs == 1, steps=steps):
+                continue
+            seconds = backward_seconds(device, layout, hidden, batch, directions, dtype.itemsize, matrix=matrix)
+            fitting.append((preferred(layout, seconds, 1 + layout.divided), -units, splits * groups, layout))
     return min(fitting, key=lambda found: found[:-1])[-1]
 
 

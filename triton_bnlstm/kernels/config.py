@@ -175,6 +175,17 @@ class Device:
             return False
         return dtype != torch.float32 or precision == "tf32"
 
+    def may_meet(self, programs: int, *, alone: bool, steps: int) -> bool:
+        """Whether a launch of one sequence-mode grid may be chosen: each program has a multiprocessor to itself.
+
+        Args:
+            programs: of the launch.
+            alone: each of them holds a recurrence of its own, and meets nobody.
+            steps: T; a single step needs no meeting.
+        """
+        able = self.backend == "cuda" and self.capability >= 70 and steps > 1
+        return able and (alone or programs <= self.multiprocessors)
+
     def multiplies_in_groups(self, rows: int) -> bool:
         """Whether products of so many rows are those of four warps together: from 64 rows on, Hopper and B200.
 

@@ -13,6 +13,7 @@ from .config import (
     Device,
     power_of_two,
 )
+from .model import forward_seconds, preferred
 
 
 def default_config(
@@ -28,8 +29,8 @@ def default_config(
 ) -> Config:
     """The layout for a case that nobody has tuned, from the device's numbers alone.
 
-    Sequence mode where every program can have a multiprocessor to itself, with as few units per program as that allows,
-    since the latency of a step is what counts.
+    Of those in which every program has a multiprocessor to itself, or that launch step by step, the one whose step is
+    modelled to be shortest.
 
     Args:
         device: its numbers.
@@ -45,18 +46,31 @@ def default_config(
 
     matrix = device.multiplies(dtype, precision)
 
-    def programs(units: int) -> int:
-        tile = _tile_beside(units, device, batch, dtype, matrix, split_batch)
-        tiles = -(-batch // tile) if split_batch else 1
-        return directions * tiles * -(-hidden // units)
+    fitting = []
+    # code without matrix units is long enough at 16
+    for units in (4, 8, 16, 32) if matrix else (4, 8, 16):
+        if units > 8 and units >= 2 * hidden:
+            continue
+        for tile in tiles(units, device, batch, dtype, matrix, split_batch):
+            for sequence in (True, False):
+                what = (device, hidden, batch, dtype, matrix, units, tile)
+                layout = laid_out(*what, split_batch=split_batch, sequence=sequence)
+                programs = directions * -(-hidden // units) * (-(-batch // tile) if split_batch else 1)
+                if sequence and not device.may_meet(programs, alone=units >= hidden, steps=steps):
+                    continue
+                seconds = forward_seconds(
+                    *(device, layout, hidden, batch, directions, dtype.itemsize), matrix=matrix, split_batch=split_batch
+                )
+                fitting.append((preferred(layout, seconds), -units, -tile, layout))
+    return min(fitting, key=lambda found: found[:-1])[-1]
 
-    sequence, units = False, 4 if hidden <= 4 else 8
-    if steps > 1 and device.backend == "cuda" and device.capability >= 70:
-        # as many programs as there are multiprocessors can meet; one that holds its recurrence alone meets nobody
-        tried = (units, 16, 32) if matrix else (units, 16)  # code without matrix units is long enough at 16
-        fitting = [u for u in tried if u >= units and (programs(u) <= device.multiprocessors or u >= hidden)]
-        sequence, units = bool(fitting), min(fitting, default=units)
-    return laid_out(device, hidden, batch, dtype, matrix, units, split_batch=split_batch, sequence=sequence)
+
+def tiles(
+    units: int, device: Device, batch: int, dtype: torch.dtype, matrix: bool, split_batch: bool
+) -> tuple[int, ...]:
+    """Rows that a tile may have beside so many units: as many as registers allow; in inference also half of them."""
+    most = _tile_beside(units, device, batch, dtype, matrix, split_batch)
+    return (most, most // 2) if split_batch and most > 16 else (most,)
 
 
 def _tile_beside(units: int, device: Device, batch: int, dtype: torch.dtype, matrix: bool, split_batch: bool) -> int:
@@ -78,32 +92,33 @@ def laid_out(
     dtype: torch.dtype,
     matrix: bool,
     units: int,
+    tile: int,
     *,
     split_batch: bool,
     sequence: bool,
 ) -> Config:
-    """Tiles, pipeline and warps for so many units of a program, in this mode.
+    """Pipeline and warps for so many units of a program and rows of a tile, in this mode.
 
     W_hh stays on chip where a program's slice of it and one whole tile of the state fit beside each other.
     """
     whole = max(power_of_two(hidden), 16)
     size = dtype.itemsize
-    tile = _tile_beside(units, device, batch, dtype, matrix, split_batch)
+    walked = tile < batch and not split_batch
     elements = 4 * units * tile
-    warps = 8 if elements >= MOST_TILE // 2 or units > 8 else 4
+    # four warps wait for each other less: of those that hold a tile without spilling, they were faster on an H100
+    few = size == 2 and matrix and tile < 128 and not walked
+    warps = 8 if elements >= (MOST_TILE if few else MOST_TILE // 2) or units > 8 else 4
 
     room = device.shared_per_program - SPARE_SHARED
     stays = (4 * units + tile) * whole * size <= room and (split_batch or tile >= batch)
     if sequence and matrix and stays and not device.multiplies_in_groups(4 * units):
         # all loads of a step's state are on their way at once, through registers
         state = tile * whole * size // (4 * device.warp)  # of all warps' threads together
-        several = warps if state <= warps * MOST_REGISTERS_OF_STATE // 2 else 8
-        most = MOST_REGISTERS_OF_STATE if elements < MOST_TILE else MOST_REGISTERS_OF_STATE // 2
-        if state <= several * most:
-            return Config(True, units, tile, min(whole, RESIDENT_INNER), True, several, 1)
+        if state <= (8 if elements < MOST_TILE else 4) * MOST_REGISTERS_OF_STATE:
+            return Config(True, units, tile, min(whole, RESIDENT_INNER), True, warps, 1)
     inner = min(whole, 128 // size) if matrix else 16
     # beside the largest tile, or where the batch is walked, a deeper pipeline is unrolled until its addresses spill
-    crowded = elements >= MOST_TILE or (tile < batch and not split_batch)
+    crowded = elements >= MOST_TILE or walked
     deepest = (2 if crowded else 4) if matrix else 1
     stages = max(1, min(deepest, room // ((4 * units + tile) * inner * size)))
     return Config(sequence, units, tile, inner, False, warps, stages)

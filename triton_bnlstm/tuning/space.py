@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 from ..kernels import backward_config, forward_config
-from ..kernels.backward_config import default_backward_config, step_seconds
+from ..kernels.backward_config import default_backward_config
 from ..kernels.config import (
     BackwardConfig,
     Config,
@@ -24,6 +24,7 @@ from ..kernels.config import (
     power_of_two,
 )
 from ..kernels.forward_config import default_config
+from ..kernels.model import forward_seconds
 from .work import LAYOUTS, Layout, Work
 
 # Divisions of the backward's product, (splits, groups), worth trying beside the one that the model prefers.
@@ -108,29 +109,12 @@ def why_not(device: Device, work: Work, layout: Layout) -> str | None:
 
 
 def modelled_seconds(device: Device, work: Work, layout: Config) -> float:
-    """Modelled time of a step of the recurrence; good for an order, not for a promise.
-
-    Forward and inference are counted as the backward is (`kernels.backward_config`): each program reads all of its
-    rows' state, streams its part of W_hh where that does not stay, multiplies, makes its gates, and meets the others.
-    """
+    """Modelled time of a step of the recurrence (`kernels.model`); good for an order, not for a promise."""
     matrix = device.multiplies(work.dtype, work.precision)
-    size, batch, hidden = work.dtype.itemsize, work.batch, work.hidden
-    there = programs(work, layout)
+    what = (work.hidden, work.batch, work.directions, work.dtype.itemsize)
     if isinstance(layout, BackwardConfig):
-        seconds = step_seconds(device, layout, hidden, batch, size, matrix=matrix)
-    else:
-        rows = min(batch, layout.batch_tile) if work.kernel == "inference" else batch
-        moved = rows * hidden * size + (0 if layout.resident else 4 * layout.units * hidden * size)
-        seconds = backward_config.stage_seconds(
-            device,
-            moved_by_one=moved,
-            programs=there,
-            meetings=int(there > work.directions),
-            products=layout.product_rows * rows * hidden,
-            units=layout.units * rows,
-            matrix=matrix,
-        )
-    return seconds * -(-there // device.multiprocessors)  # those beyond one of a multiprocessor take turns
+        return backward_config.backward_seconds(device, layout, *what, matrix=matrix)
+    return forward_seconds(device, layout, *what, matrix=matrix, split_batch=work.kernel == "inference")
 
 
 def neighbours(layout: Layout) -> Iterator[Layout]:
@@ -207,10 +191,11 @@ def _of_units(device: Device, work: Work, matrix: bool, units: int, *, sequence:
     what = (device, work.hidden, work.batch, work.dtype, matrix, units)
     if work.kernel != "backward":
         split = work.kernel == "inference"
-        layout = forward_config.laid_out(*what, split_batch=split, sequence=sequence)
-        yield layout
-        if layout.resident:  # the same, streamed
-            yield replace(layout, resident=False, stages=2)
+        for tile in forward_config.tiles(units, device, work.batch, work.dtype, matrix, split):
+            layout = forward_config.laid_out(*what, tile, split_batch=split, sequence=sequence)
+            yield layout
+            if layout.resident:  # the same, streamed
+                yield replace(layout, resident=False, stages=2)
         return
     seats = max(power_of_two(work.batch), 16)
     for splits, groups in product((1, 2, 4, 8, 16), (1, 2, 4)):
