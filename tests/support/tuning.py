@@ -49,9 +49,9 @@ def as_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def microseconds(layout: Layout) -> float:
-    """Sixteen units are best, which no default has; streaming costs, and so do launches."""
+    """Eight units are best, where the default has four; streaming costs, and so do launches."""
     assert isinstance(layout, Config)
-    return 4 + abs(layout.units - 16) / 8 + (0 if layout.resident else 1) + (0 if layout.sequence else 3)
+    return 4 + abs(layout.units - 8) / 8 + (0 if layout.resident else 1) + (0 if layout.sequence else 3)
 
 
 @dataclass
