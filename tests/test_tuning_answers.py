@@ -110,6 +110,14 @@ def test_what_rank_0_begins_late_is_waited_for_as_well(waiting):
     assert waiting(60, {150: waiting.give}) == (FOUND, 150)
 
 
+def test_what_begins_again_after_it_was_put_off_has_its_whole_time(waiting):
+    """What it would have had from its first begin is long over."""
+    assert waiting(60, {5: waiting.begin, 8: waiting.later}) == (NOT_YET, 8)
+    waiting.clock.now += 1000
+    waiting.begin()
+    assert waiting(60, {150: waiting.give}) == (FOUND, 150)
+
+
 def test_an_interrupted_wait_begins_anew(waiting):
     """Nor does its silence count: the program that goes on asks as if for the first time."""
 
@@ -231,6 +239,26 @@ def test_a_new_group_has_nothing_of_an_old_one_with_the_same_store(in_a_group, m
 
         found = answers_of(1, store).wait("a", WORK, identity, 60, clock=clock, sleep=sleep)
         assert (found, clock.now) == ((answer, True), 3)
+
+
+def test_an_answer_of_an_earlier_group_is_none_of_this_one(in_a_group, monkeypatch):
+    """Not of the one before the last, either, in which nobody has said anything."""
+    identity, clock, store = Identity.of(H100), Clock(), dist.HashStore()
+    in_a_group(store)
+    ranks.Answers(store, ranks.Group(store)).give("a", identity, entry().layout)  # by rank 0
+
+    def sleep(_):
+        clock.now += 1
+
+    def ask():
+        return ranks.Answers.of(ranks.group()).wait("a", WORK, identity, 60, clock=clock, sleep=sleep)
+
+    assert ask() == FOUND
+    for expected in (dist.PrefixStore("", store), dist.PrefixStore("", store)):
+        in_a_group(expected)  # the same entries
+        monkeypatch.setattr(errors, "_told", set())
+        with pytest.warns(RuntimeWarning, match="rank 0 has not decided"):
+            assert ask() == NOT_YET
 
 
 def test_one_process_alone_asks_nobody(in_a_group):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from tests.support.tuning import CPU, H100, WORK, FakeBench, FakeStore, as_a_new_process, entry
-from triton_bnlstm.tuning import choice, online, ranks
+from triton_bnlstm.kernels.config import Config
+from triton_bnlstm.tuning import Work, choice, online, ranks, space
 from triton_bnlstm.tuning.device import Identity
 from triton_bnlstm.tuning.tuner import TuningError
 
@@ -153,12 +155,12 @@ def test_rank_0_answers_whatever_becomes_of_its_tuning(group, monkeypatch):
     with pytest.warns(RuntimeWarning, match="could not be tuned"):
         ensure(make=failing)
     theirs = choice.choose(H100, WORK)
-    assert theirs.origin == choice.ANALYTIC
+    assert theirs.layout == space.analytic(H100, WORK)
     group(1)
     choice.store_of(H100).put(entry())  # this rank would know a better one
     ensure(make=nobody)
-    assert choice.choose(H100, WORK).layout == theirs.layout
-    assert choice.choose(H100, WORK).origin == choice.RANK_0
+    assert choice.choose(H100, WORK) == choice.Choice(theirs.layout, choice.RANK_0)
+    assert not choice.choose(H100, WORK).measured  # not by what this rank knows of another layout
     monkeypatch.setenv("TRITON_BNLSTM_AUTOTUNE_SECONDS", "soon")
     group(0)
     other = replace(WORK, hidden=1024)
@@ -247,6 +249,75 @@ def test_another_rank_asks_nothing_where_nothing_can_be_tuned(group, monkeypatch
     monkeypatch.setattr(online, "why_not_now", lambda device: None)
     ensure(make=nobody)
     assert choice.choose(H100, WORK).layout == theirs.layout
+
+
+SIZES = [Work("forward", hidden, 64, 1, torch.bfloat16) for hidden in (1280, 1056, 1040)]
+
+
+@pytest.mark.parametrize("asked", range(3), ids=lambda k: f"H={SIZES[k].hidden}")
+def test_ranks_agree_in_all_sizes_of_a_key_after_a_failure(group, asked):
+    """Whichever size it was whose tuning failed: the model has another layout for the largest."""
+    assert len({work.key for work in SIZES}) == 1
+    assert len({space.analytic(H100, work) for work in SIZES}) > 1
+
+    def failing(work, device):
+        raise TuningError("there is too little memory")
+
+    group(0)
+    with pytest.warns(RuntimeWarning, match="could not be tuned"):
+        ensure(SIZES[asked], make=failing)
+    theirs = [choice.choose(H100, work).layout for work in SIZES]
+    group(1)
+    ensure(*SIZES, make=nobody)
+    assert [choice.choose(H100, work).layout for work in SIZES] == theirs
+
+
+def test_ranks_agree_where_what_is_known_does_not_fit(group):
+    """Rank 0's cache has a layout that is none for the size that asks, but is one for others of the key."""
+    large, small = SIZES[:2]
+    narrow = Config(True, 4, 64, 64, resident=False, warps=32, stages=2)  # 264 of its programs run at the same time
+    assert [space.why_not(H100, work, narrow) is None for work in (large, small)] == [False, True]
+    group(0)
+    choice.store_of(H100).put(entry(large, layout=narrow))
+    ensure(large)
+    theirs = [choice.choose(H100, work).layout for work in (large, small)]
+    assert theirs == [space.analytic(H100, large), narrow]
+    group(1)
+    choice.store_of(H100).put(entry(large, layout=replace(narrow, units=16, warps=8)))  # which would fit both
+    ensure(large, make=nobody)
+    assert [choice.choose(H100, work).layout for work in (large, small)] == theirs
+
+
+def test_threads_of_rank_0_answer_once(group):
+    """With "force", too, where the second would find something else, and tell it."""
+    store, made, begun, go_on = group(0), [], threading.Event(), threading.Event()
+
+    def make(work, device):
+        made.append(FakeBench(work))
+        begun.set()
+        assert go_on.wait(30)
+        return made[-1]
+
+    threads = [threading.Thread(target=lambda: ensure(mode="force", make=make)) for _ in range(2)]
+    threads[0].start()
+    assert begun.wait(30)
+    threads[1].start()
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert len(made) == 1
+    assert store.told == 3  # the group's name, "begun", and the answer
+
+
+def test_a_group_that_cannot_be_asked_does_not_keep_the_call_from_running(group, monkeypatch):
+    def gone():
+        raise RuntimeError("the group has been destroyed")
+
+    group(0)
+    monkeypatch.setattr(ranks, "group", gone)
+    with pytest.warns(RuntimeWarning, match="process group cannot be asked .*has been destroyed"):
+        ensure(make=nobody)
+    ensure(make=nobody)  # a second warning would be an error
 
 
 def test_a_key_is_asked_once_for_all_its_batches(group):

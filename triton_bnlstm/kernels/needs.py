@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
-
 from .config import Device
 from .rows import Rows
-from .run import as_kernel_error, interpreted
+from .run import interpreted, loaded
 
 
 class Needs(NamedTuple):
@@ -32,10 +30,7 @@ def compiled(kernel: Any, launch: Any, rows: Rows, changes: dict[str, Any] | Non
     constants = {**launch.constants, **(changes or {})}
     key = (kernel.__name__, h.device, h.dtype, *sorted(constants.items()), *sorted(launch.options.items()))
     if key not in _compiled:
-        grid, tensors, scalars, constants, options = launch.call(0, rows.steps, rows, changes)
-        with as_kernel_error(kernel), torch.cuda.device(h.device):
-            made = kernel.warmup(*tensors, *scalars, **constants, **options, enable_fp_fusion=True, grid=grid)
-            made._init_handles()
+        made = loaded(kernel, *launch.call(0, rows.steps, rows, changes))
         _compiled[key] = Needs(made.metadata.shared, made.n_regs, made.n_spills)
     return _compiled[key]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -51,6 +52,38 @@ def quiet() -> AbstractContextManager[Any]:
     return numpy.errstate(all="ignore")
 
 
+_only_loaded: ContextVar[bool] = ContextVar("triton_bnlstm_only_loaded", default=False)
+
+
+@contextmanager
+def only_loaded() -> Iterator[None]:
+    """Within it, and in its thread, what would be launched is compiled and loaded, and not launched."""
+    token = _only_loaded.set(True)
+    try:
+        yield
+    finally:
+        _only_loaded.reset(token)
+
+
+def loaded(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: tuple[Tensor, ...],
+    scalars: tuple[float, ...],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+) -> Any:
+    """The compiled kernel of a launch, which is not launched.
+
+    Raises:
+        KernelError: it does not compile, or needs more than the device has.
+    """
+    with as_kernel_error(kernel), torch.cuda.device(tensors[0].device):
+        made = kernel.warmup(*tensors, *scalars, **constants, **options, enable_fp_fusion=True, grid=grid)
+        made._init_handles()
+    return made
+
+
 def run(
     kernel: Any,
     grid: tuple[int, ...],
@@ -60,6 +93,10 @@ def run(
     options: dict[str, Any],
 ) -> None:
     """One launch, on the tensors' device and its current stream."""
+    if _only_loaded.get():
+        if not interpreted():
+            loaded(kernel, grid, tensors, scalars, constants, options)
+        return
     on_device = torch.cuda.device(tensors[0].device) if tensors[0].device.type == "cuda" else nullcontext()
     with as_kernel_error(kernel), on_device, quiet():
         # fusion said explicitly: Triton's default is about to change

@@ -104,8 +104,16 @@ def _remember(device: Device, work: Work, choice: Choice) -> None:
         _memo[device, work] = choice
 
 
+def decided(device: Device, key: Key) -> Choice | None:
+    """What `decide` has said of a key."""
+    return _decided.get((device, key))
+
+
 def decide(device: Device, key: Key, choice: Choice) -> None:
-    """What this process takes for all works of a key, where it can run: before the cache, until `forget`."""
+    """What this process takes for all works of a key, where it can run: instead of the cache's, until `forget`.
+
+    Where it cannot, the next one is what all processes have: the shipped one, or the analytic one.
+    """
     with _lock:
         _decided[device, key] = choice
         for known in [each for each in _memo if each[0] == device and each[1].key == key]:
@@ -114,10 +122,10 @@ def decide(device: Device, key: Key, choice: Choice) -> None:
 
 def _look_up(device: Device, work: Work) -> Choice:
     key = work.key
-    decided = _decided.get((device, key))
-    if decided is not None and _fits(device, work, decided.layout, decided.origin):
-        return decided
-    for origin in (CACHE, SHIPPED):
+    said = _decided.get((device, key))
+    if said is not None and _fits(device, work, said.layout, said.origin):
+        return said
+    for origin in (CACHE, SHIPPED) if said is None else (SHIPPED,):
         entry = store_of(device).get(key) if origin == CACHE else shipped.get(Identity.of(device), key)
         if entry is None or not _fits(device, work, entry.layout, origin):
             continue

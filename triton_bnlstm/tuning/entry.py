@@ -140,7 +140,7 @@ class Entry:
             raise ValueError("case: sizes are numbers")
         if not isinstance(candidates, list):
             raise ValueError("candidates: no list")
-        return cls(
+        entry = cls(
             key,
             layout_of_json(key.kernel, fields.get("layout")),
             how,
@@ -150,6 +150,10 @@ class Entry:
             case,
             tuple(Candidate.of_json(key.kernel, each) for each in candidates),
         )
+        best = entry.candidate(entry.layout)
+        if how == MEASURED and (best is None or best.microseconds is None):
+            raise ValueError("it is measured, and does not say how long it took")
+        return entry
 
 
 def merged(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -108,7 +108,8 @@ def is_settled(work: Work, numbers: Device, known: Entry | None) -> bool:
     if known is None or known.how != MEASURED or minor(known.by.triton) != minor(triton_version()):
         return False
     tried = {each.layout for each in known.candidates}
-    return tried.issuperset((*space.structures(numbers, work), *space.neighbours(known.layout)))
+    looked_at = (*space.structures(numbers, work), *space.neighbours(known.layout))
+    return known.default == space.analytic(numbers, work) and tried.issuperset(looked_at)
 
 
 def numbers_of(identity: Identity) -> Device | None:

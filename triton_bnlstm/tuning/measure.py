@@ -17,6 +17,7 @@ from ..kernels.config import BackwardConfig, Config, Device, MomentsConfig, Save
 from ..kernels.errors import KernelError
 from ..kernels.launch import Recurrence
 from ..kernels.rows import Rows
+from ..kernels.run import only_loaded
 from . import space
 from .choice import analytic_only
 from .sample import Sample, relative_error, usual_steps
@@ -316,7 +317,12 @@ class MomentsBench(_DeviceBench):
         return call
 
     def why_not_compiled(self, layout: Layout) -> str | None:
-        """Nothing has to fit together here: a launch that needs too much is an error of its own."""
+        """See `_DeviceBench`."""
+        try:
+            with only_loaded():
+                self.call_of(layout)()
+        except KernelError as error:
+            return str(error)
         return None
 
     def why_wrong(self, layout: Layout) -> str | None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from threading import RLock
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,8 @@ class _Question(NamedTuple):
 
 _done: set[_Question] = set()
 _since = 0  # the latest `times_forgotten` in it
+# Threads measure one after the other: side by side they would disturb each other's times, and answer twice.
+_measuring = RLock()
 
 
 def device_bench(work: Work, device: torch.device) -> Bench:
@@ -151,7 +154,11 @@ def ensure_works(
         mode: "on_miss" or "force".
         make: makes the bench that measures.
     """
-    group = ranks.group()
+    try:
+        group = ranks.group()
+    except Exception as error:  # whatever it is, the call can do without
+        tell_once(f"layouts are not tuned: the process group cannot be asked ({type(error).__name__}: {error})")
+        return
     for work in works:
         question = _Question(choice.times_forgotten(), group, mode, numbers, work.key)
         try:
@@ -183,28 +190,55 @@ def _decide(question: _Question, work: Work, device: torch.device, make: MakeBen
         if group is not None and rank == 0:
             ranks.Answers.of(group).later(question.name)
         return False
-    if group is None or rank is None:
-        _tune_if_needed(question, work, device, make)
-        return True
-    answers, identity = ranks.Answers.of(group), Identity.of(numbers)
-    if rank > 0:
-        answer = answers.wait(question.name, work, identity, seconds_allowed())
+    if group is not None and rank is not None and rank > 0:
+        identity = Identity.of(numbers)
+        answer = ranks.Answers.of(group).wait(question.name, work, identity, seconds_allowed())
         if answer.layout is not None:
             known = choice.choose(numbers, work)
             entry = known.entry if known.layout == answer.layout else None
             choice.decide(numbers, work.key, Choice(answer.layout, RANK_0, entry))
         return answer.final
+    with _measuring:
+        if question in _done:  # another thread has
+            return True
+        try:
+            if group is None or rank is None:
+                _tune_if_needed(question, work, device, make)
+            else:
+                _tune_for_all(ranks.Answers.of(group), question, work, device, make)
+        except Exception:
+            _remember(question)  # other threads are not to try in vain what this one has
+            raise
+        _remember(question)
+    return True
+
+
+def _tune_for_all(
+    answers: ranks.Answers, question: _Question, work: Work, device: torch.device, make: MakeBench
+) -> None:
+    """Rank 0: what is found is the others' layout, too."""
     answers.begin(question.name)
     try:
         _tune_if_needed(question, work, device, make)
-    except Exception:  # nothing was found, and will not be looked for again: this is what this rank takes
-        answers.give(question.name, identity, choice.choose(numbers, work).layout)
+    except Exception:  # nothing was found, and will not be looked for again: what there is has to do for all
+        _give(answers, question, work)
         raise
     except BaseException:  # interrupted: if the program goes on, its next call tunes
         answers.later(question.name)
         raise
-    answers.give(question.name, identity, choice.choose(numbers, work).layout)
-    return True
+    _give(answers, question, work)
+
+
+def _give(answers: ranks.Answers, question: _Question, work: Work) -> None:
+    """Tell the others what they have to decide for all works of the key, and decide the same."""
+    numbers = question.numbers
+    taken = choice.decided(numbers, work.key)
+    if taken is None:
+        taken = choice.choose(numbers, work)
+        if taken.origin == choice.ANALYTIC:  # of this work; others of the key have the same now
+            taken = taken._replace(origin=RANK_0)
+        choice.decide(numbers, work.key, taken)
+    answers.give(question.name, Identity.of(numbers), taken.layout)
 
 
 def _tune_if_needed(question: _Question, work: Work, device: torch.device, make: MakeBench) -> None:

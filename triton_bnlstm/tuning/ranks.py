@@ -228,9 +228,10 @@ class Answers:
 
 def _add(known: dict[str, Any], name: str, value: Any) -> None:
     """In place of the oldest, if there are too many."""
-    if len(known) >= _MOST:
-        known.pop(next(iter(known)), None)
-    known[name] = value
+    with _lock:
+        if len(known) >= _MOST:
+            known.pop(next(iter(known)), None)
+        known[name] = value
 
 
 def _read(text: str, work: Work, identity: Identity) -> Layout | None:

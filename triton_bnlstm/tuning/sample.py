@@ -84,7 +84,7 @@ class Sample:
         work, steps = self.work, self.steps
         if not {"seats", "fill"} & set(work.flags):
             return Packing.of_equal_lengths(steps, work.batch, self.device)
-        lengths = torch.linspace(steps, steps // 2, work.batch).round().long()
+        lengths = torch.linspace(steps, steps // 2, work.batch, device="cpu").round().long()
         if "fill" in work.flags:
             return Packing.of_device_lengths(steps, lengths.to(self.device))
         return Packing.of_host_lengths(steps, lengths, self.device)

@@ -69,7 +69,8 @@ def get(identity: Identity, key: Key) -> Entry | None:
     if found is None:
         return None
     try:
-        return Entry.of_json(found)
+        entry = Entry.of_json(found)
     except ValueError as error:
         tell_once(f"a layout that comes with the package is not used: {key}: {error}")
         return None
+    return entry if entry.key == key else None

@@ -31,6 +31,8 @@ from .work import LAYOUTS, Layout, Work
 DIVISIONS = ((1, 1), (4, 1), (8, 1), (16, 1), (4, 2), (8, 2), (4, 4))
 # Elements of a tile, and of a product's operands, beyond which a compiler takes minutes or gives up.
 _MOST_ELEMENTS = 16384
+# A deeper pipeline hides nothing more, and is unrolled so often that it compiles for minutes.
+_MOST_STAGES = 8
 _MANY_STEPS = 64
 # The backward has some eighty; those that the model puts far behind are not worth compiling.
 _MOST_STRUCTURES = 24
@@ -56,6 +58,13 @@ def programs(work: Work, layout: Config) -> int:
     return work.directions * tiles * -(-work.hidden // layout.units)
 
 
+def _product_tile(work: Work, layout: Config) -> int:
+    """Rows of the batch in a tile of the product."""
+    if isinstance(layout, BackwardConfig) and layout.divided:
+        return layout.product_tile(work.batch)
+    return layout.batch_tile
+
+
 def resident_bytes(work: Work, layout: Config) -> int:
     """Of W_hh, that a program keeps through all steps."""
     if not layout.resident:
@@ -72,11 +81,13 @@ def why_not(device: Device, work: Work, layout: Layout) -> str | None:
         return f"a {type(layout).__name__} is no layout of {work.kernel}"
     if isinstance(layout, SaveConfig):
         return None
+    if layout.warps * device.warp > 1024:
+        return f"{layout.warps} warps are more than a program can have"
     if isinstance(layout, MomentsConfig):
         return None if layout.rows * layout.columns <= _MOST_ELEMENTS else "a tile of that size does not fit"
     assert isinstance(layout, Config)
-    if layout.warps * device.warp > 1024:
-        return f"{layout.warps} warps are more than a program can have"
+    if layout.stages > _MOST_STAGES:
+        return f"a pipeline of {layout.stages} stages is deeper than any that pays"
     if 4 * layout.units * layout.batch_tile > _MOST_ELEMENTS or layout.product_rows * layout.inner > 2 * _MOST_ELEMENTS:
         return "a tile of that size does not fit into registers"
     if device.backend != "cpu" and not device.multiplies(work.dtype, work.precision):
@@ -101,6 +112,12 @@ def why_not(device: Device, work: Work, layout: Layout) -> str | None:
         together = device.resident_programs(0, 1, layout.warps)
         if there > together and there > work.directions:
             return f"{there} programs have to run at the same time, and {together} can at most"
+    if not layout.resident and device.backend != "cpu":
+        # one stage at least is on its way through registers
+        rows = layout.product_rows + _product_tile(work, layout)
+        waiting = (layout.stages - 1) * rows * layout.inner * work.dtype.itemsize
+        if waiting > device.shared_per_program:
+            return f"{waiting} bytes of the pipeline, where shared memory has {device.shared_per_program}"
     held = resident_bytes(work, layout)
     chip = device.shared_per_program + 4 * device.registers_per_multiprocessor
     if held > chip:

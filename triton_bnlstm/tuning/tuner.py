@@ -202,7 +202,10 @@ def tune(
         if search.incumbent == before:
             break
     if known is not None and carried and search.tried == untouched:
-        return known  # nothing is new
+        if known.default == bench.default:
+            return known  # nothing is new
+        # times against another default say nothing of this one
+        search.compete([each for each in dict.fromkeys((bench.default, search.incumbent)) if search.prepared(each)])
     _confirm(search)
     best = search.tried.get(search.incumbent)
     if best is None or best.microseconds is None:
