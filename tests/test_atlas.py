@@ -23,12 +23,23 @@ from bench.aot.targets import NUMBERS, TARGETS
 
 ON_PURPOSE = f"if that is meant, write the table again and commit it: {COMMAND}"
 PARTS = representative(VARIANTS)
-# Bytes of stack that sequence mode spills there, by target, kernel and H; nothing else may be wrong. On sm120 it is six
-# instructions of 1,389, and without them the pipeline that streams W_hh could be two deep instead of four.
-SPILL = {("sm120", "backward/cell+fill", "1024"): 24}
+# Bytes of stack that are spilled there, by target, kernel, mode and H; nothing else may be wrong. On sm120 it is six
+# instructions of 1,389, and without them the pipeline that streams W_hh could be two deep instead of four. With four
+# warps instead of eight a few values of cell norm and of phantom rows do not fit; what has neither was 14 % faster with
+# them on an H100. On sm75 step mode falls back to it; divided it would not spill, and need two launches for one.
+SPILL = {
+    ("sm75", "backward/cell+fill", "step", "100"): 56,
+    ("sm86", "inference/plain", "sequence", "512"): 8,
+    ("sm90", "forward/cell+seats", "sequence", "1000"): 16,
+    ("sm90", "forward/cell+seats", "sequence", "1024"): 16,
+    ("sm90", "inference/cell+keep", "sequence", "1000"): 16,
+    ("sm90", "inference/plain", "step", "512"): 8,
+    ("sm100", "forward/cell+seats", "sequence", "1024"): 8,
+    ("sm120", "backward/cell+fill", "sequence", "1024"): 24,
+}
 if triton.__version__.startswith("3.6."):
-    SPILL |= {("sm90", "backward/plain", "512"): 8, ("sm90", "backward/plain", "1024"): 8}
-    SPILL |= {("sm100", "backward/cell+fill", "1024"): 16}
+    SPILL |= {("sm90", "backward/plain", "sequence", "512"): 8, ("sm90", "backward/plain", "sequence", "1024"): 8}
+    SPILL |= {("sm100", "backward/cell+fill", "sequence", "1024"): 16}
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.target}-{'+'.join(part.numbers)}-H{part.hiddens[0]}")
@@ -51,9 +62,9 @@ def test_no_kernel_is_worse_than_in_the_table(part: Request, tmp_path):
 
 
 def is_known(row: Row) -> bool:
-    most = SPILL.get((row.name[0], row.name[2], row.name[5]), 0)
+    most = SPILL.get((row.name[0], row.name[2], row.name[3], row.name[5]), 0)
     spills = row.problems.startswith("spills: ") and ";" not in row.problems
-    return spills and row.name[3] == "sequence" and row.number("stack") <= most
+    return spills and row.number("stack") <= most
 
 
 def recurrent(rows: list[Row]) -> list[Row]:

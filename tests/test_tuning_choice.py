@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from triton_bnlstm.tuning.store import Store
 from triton_bnlstm.tuning.work import Work, in_words
 
 IDENTITY = Identity.of(H100)
+GET = shipped.get
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +168,46 @@ def test_the_memory_is_bounded(monkeypatch):
     for batch in range(1, 100):
         choice.choose(H100, replace(WORK, batch=batch))
     assert len(choice._memo) <= 10
+
+
+def test_rejected_layouts_are_bounded(monkeypatch):
+    """They are remembered by size, of which a process may have many."""
+    monkeypatch.setattr(choice, "_MOST_KNOWN", 10)
+    for batch in range(1, 100):
+        work = replace(WORK, batch=batch)
+        choice.reject(H100, work, space.analytic(H100, work), "too big")
+    assert len(choice._rejected) <= 10
+
+
+def test_what_is_shipped_is_read_again_after_forget(monkeypatch):
+    """An installation may have been brought up to date."""
+    held: dict[str, Any] = {}
+    monkeypatch.setattr(shipped, "get", GET)
+    monkeypatch.setattr(shipped, "parse", lambda text: {IDENTITY: dict(held)})
+    shipped.of_device.cache_clear()
+    assert choice.choose(H100, WORK).origin == ANALYTIC
+    held[str(WORK.key)] = entry().as_json()
+    choice.forget()
+    assert choice.choose(H100, WORK).origin == SHIPPED
+
+
+def test_a_shipped_entry_under_another_ones_key_is_not_used(monkeypatch):
+    key = replace(WORK, hidden=1024).key
+    monkeypatch.setattr(shipped, "parse", lambda text: {IDENTITY: {str(key): entry().as_json()}})
+    shipped.of_device.cache_clear()
+    assert shipped.of_device(IDENTITY)
+    assert GET(IDENTITY, key) is None
+
+
+def test_what_was_decided_is_not_followed_by_a_cache(monkeypatch):
+    """Where it does not fit, ranks have to agree, and each may have a cache of its own."""
+    choice.store_of(H100).put(entry())
+    choice.decide(H100, WORK.key, Choice(replace(entry().layout, warps=64), choice.RANK_0))
+    assert choice.choose(H100, WORK).origin == ANALYTIC
+    ship(monkeypatch, replace(entry(), how="modelled"))
+    choice.forget()
+    choice.decide(H100, WORK.key, Choice(replace(entry().layout, warps=64), choice.RANK_0))
+    assert choice.choose(H100, WORK).origin == SHIPPED
 
 
 def test_nothing_is_read_twice(monkeypatch):

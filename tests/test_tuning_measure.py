@@ -17,12 +17,13 @@ from tests.support.tuning import BY
 from triton_bnlstm import BNLSTM, fused_backward, fused_forward
 from triton_bnlstm.kernels.config import INTERPRETER, Config
 from triton_bnlstm.kernels.errors import KernelError
-from triton_bnlstm.tuning import space
+from triton_bnlstm.tuning import choice, space
 from triton_bnlstm.tuning.sample import relative_error
 from triton_bnlstm.tuning.tuner import TuningError, Unfit, tune
 from triton_bnlstm.tuning.work import FLAGS, Work
 
 launch = pytest.importorskip("triton_bnlstm.kernels.launch")
+run = pytest.importorskip("triton_bnlstm.kernels.run")
 measure = pytest.importorskip("triton_bnlstm.tuning.measure")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py has its own")
 
@@ -131,6 +132,59 @@ def test_a_layout_that_needs_too_much_is_not_launched(monkeypatch):
     monkeypatch.setattr(launch.Recurrence, "why_not", broken)
     with pytest.raises(Unfit, match="PassManager"):
         bench.prepare(replace(bench.default, warps=8))
+
+
+def test_moments_that_need_too_much_are_not_launched(monkeypatch):
+    """They are compiled and loaded before, as the other kernels are; which is nothing in the interpreter."""
+    bench = bench_of(Work.of_moments(6, 5, 1, torch.float32, centre=True))
+    asked = []
+
+    def loaded(kernel, grid, tensors, scalars, constants, options):
+        asked.append((kernel.__name__, constants["BR"], options["num_warps"]))
+        raise KernelError("moments_kernel: out of resources")
+
+    monkeypatch.setattr(run, "interpreted", lambda: False)
+    monkeypatch.setattr(run, "loaded", loaded)
+    real = run.run
+    monkeypatch.setattr(launch, "_run", lambda *of: real(*of) if run._only_loaded.get() else pytest.fail("launched"))
+    with pytest.raises(Unfit, match="out of resources"):
+        bench.prepare(bench.default)
+    assert asked == [("moments_kernel", bench.default.rows, bench.default.warps)]
+
+
+def test_what_is_saved_is_compared_in_the_layouts_that_calls_get(monkeypatch):
+    """Tuned ones, where there are: both when it is looked at and when it is timed."""
+    seen = []
+    real = measure.SaveBench.call_of
+
+    def call_of(self, layout):
+        call = real(self, layout)
+        return lambda: (seen.append(choice._analytic_only.get()), call())[1]
+
+    monkeypatch.setattr(measure.SaveBench, "call_of", call_of)
+    bench = bench_of(replace(WORK, kernel="save"))
+    bench.prepare(bench.default)
+    bench.sample(bench.default)
+    assert len(seen) >= 2
+    assert not any(seen)
+    seen.clear()
+    other = bench_of()
+    monkeypatch.setattr(other, "call_of", lambda layout: lambda: seen.append(choice._analytic_only.get()))
+    other.prepare(other.default)
+    other.sample(other.default)
+    assert seen  # the other kernels' tuning is undisturbed by what was tuned before
+    assert all(seen)
+
+
+@pytest.mark.parametrize("flags", [("seats",), ("fill",)])
+def test_another_default_device_does_not_matter(flags):
+    work = replace(WORK, kernel="backward" if "fill" in flags else "forward", flags=flags)
+    torch.set_default_device("meta")
+    try:
+        bench = bench_of(work)
+        bench.prepare(bench.default)
+    finally:
+        torch.set_default_device(None)
 
 
 def test_too_little_memory_says_nothing_about_a_layout(monkeypatch):

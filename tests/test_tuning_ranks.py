@@ -266,10 +266,10 @@ def test_ranks_agree_in_all_sizes_of_a_key_after_a_failure(group, asked):
     group(0)
     with pytest.warns(RuntimeWarning, match="could not be tuned"):
         ensure(SIZES[asked], make=failing)
-    theirs = [choice.choose(H100, work).layout for work in SIZES]
+    theirs = [choice.tuned(H100, work) for work in SIZES]
     group(1)
     ensure(*SIZES, make=nobody)
-    assert [choice.choose(H100, work).layout for work in SIZES] == theirs
+    assert [choice.tuned(H100, work) for work in SIZES] == theirs
 
 
 def test_ranks_agree_where_what_is_known_does_not_fit(group):

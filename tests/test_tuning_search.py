@@ -122,6 +122,23 @@ def test_only_what_is_new_is_tried():
     assert {each.layout for each in newer.candidates} == {each.layout for each in found.candidates}
 
 
+def test_times_against_an_earlier_default_are_taken_again():
+    """Nothing else is new, so only it and the best one are timed; the gain is that over the default of today."""
+    found = searched(FakeBench())
+    earlier = next(each for each in found.candidates if each.layout not in (found.layout, found.default))
+    known = replace(
+        found,
+        default=earlier.layout,
+        candidates=tuple(each._replace(standard=2 * earlier.microseconds) for each in found.candidates),
+    )
+    bench = FakeBench()
+    newer = searched(bench, known=known)
+    assert set(bench.prepared) == {found.layout, bench.default}
+    assert (newer.layout, newer.default) == (found.layout, bench.default)
+    assert newer.gain == pytest.approx(found.gain)
+    assert {each.layout for each in newer.candidates} == {each.layout for each in known.candidates}
+
+
 def test_times_of_another_triton_are_taken_again():
     old = BY._replace(triton="2.0.0")
     bench = FakeBench()
@@ -198,6 +215,9 @@ def test_the_model_orders_as_the_analytic_choice_does():
         ({"units": 64, "batch_tile": 128}, "does not fit into registers"),
         ({"warps": 64}, "more than a program can have"),
         ({"units": 32, "resident": True, "inner": 64}, "from one launch to the next"),
+        ({"stages": 8}, None),
+        ({"stages": 9}, "a pipeline of 9 stages"),
+        ({"stages": 8, "inner": 256}, "bytes of the pipeline"),
     ],
 )
 def test_why_a_layout_cannot_run(change, why):
@@ -205,6 +225,37 @@ def test_why_a_layout_cannot_run(change, why):
     base = Config(sequence=False, units=8, batch_tile=64, inner=64, resident=False, warps=4, stages=2)
     found = space.why_not(H100, work, replace(base, **change))
     assert (found is None) if why is None else (why in (found or ""))
+
+
+def test_why_moments_cannot_run():
+    work = Work.of_moments(512, 64, 1, torch.bfloat16, centre=True)
+    assert space.why_not(H100, work, MomentsConfig(64, 64, 32)) is None
+    assert "64 warps are more" in space.why_not(H100, work, MomentsConfig(64, 64, 64))
+    assert "does not fit" in space.why_not(H100, work, MomentsConfig(256, 128, 8))
+
+
+def test_what_is_varied():
+    """All that a layout has: some of it by dividing the work differently, all of it beside the best of these."""
+    for kernel in ("forward", "inference", "backward"):
+        work = Work(kernel, 512, 64, 1, torch.bfloat16)
+        found = space.structures(H100, work)
+        assert {layout.sequence for layout in found} == {True, False}
+        assert len({layout.units for layout in found}) > 1
+        assert {layout.resident for layout in found} == {True, False}
+        beside = {False: set(), True: set()}
+        default = found[0]
+        for layout in (default, replace(default, resident=False, stages=2)):
+            for near in space.neighbours(layout):
+                beside[layout.resident] |= {name for name in vars(near) if getattr(near, name) != getattr(layout, name)}
+        names = {"units", "batch_tile", "inner", "resident", "warps", "stages"}
+        if kernel == "backward":
+            names |= {"splits", "groups"}
+            assert len({(layout.splits, layout.groups) for layout in found}) > 3
+        assert beside[True] | {"stages"} == beside[False] == names
+    work = Work.of_moments(512, 64, 1, torch.bfloat16, centre=True)
+    tiles = space.structures(H100, work)
+    assert all(len({getattr(tile, name) for tile in tiles}) > 1 for name in ("rows", "columns", "warps"))
+    assert len(space.structures(H100, Work("save", 512, 64, 1, torch.bfloat16))) == 2
 
 
 def test_layouts_of_another_kind():

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.support.tuning import BY, H100, WORK, entry
+from tests.support.tuning import BY, H100, WORK, changed, entry
 from triton_bnlstm.kernels import errors
 from triton_bnlstm.tuning import store as stores
 from triton_bnlstm.tuning.device import Identity
@@ -67,7 +67,7 @@ def test_every_kernel_has_a_file_and_every_device_a_folder(store):
 
 def test_a_later_entry_takes_the_place_of_an_earlier_one_and_keeps_what_that_had_tried(store):
     first = entry(at=1.0)
-    only_then = Candidate(replace(first.layout, warps=4), 9.0, 5.0, 15)
+    only_then = Candidate(replace(first.layout, warps=2), 9.0, 5.0, 15)
     store.put(replace(first, candidates=(*first.candidates, only_then)))
     anew(store).put(entry(at=2.0, faster=1.5))
     found = store.get(WORK.key, again=True)
@@ -133,18 +133,6 @@ def test_a_file_that_breaks_before_it_is_written_is_set_aside(store):
     assert anew(store).get(OTHER.key) == entry(OTHER)
 
 
-def changed(**changes):
-    """An entry's JSON with some fields changed, also deep ones: layout__units=3."""
-    told = entry().as_json()
-    for name, value in changes.items():
-        place = told
-        *path, last = name.split("__")
-        for part in path:
-            place = place[part]
-        place[last] = value
-    return told
-
-
 @pytest.mark.parametrize(
     "told",
     [
@@ -164,6 +152,8 @@ def changed(**changes):
         changed(at=-1),
         changed(at=True),
         changed(candidates={}),
+        changed(candidates=[]),  # measured, without a time
+        changed(candidates=entry().as_json()["candidates"][:1]),  # of another layout
         changed(candidates=[1]),
         changed(candidates=[{"layout": entry().as_json()["layout"], "us": -1.0}]),
         changed(candidates=[{"layout": entry().as_json()["layout"], "us": float("inf")}]),
@@ -235,42 +225,6 @@ def test_what_a_store_knows_is_what_was_written_last(store, monkeypatch):
     monkeypatch.setattr(stores, "locked", noted)
     store.put(entry())
     assert held == [True, True]
-
-
-def test_an_entry_from_a_clock_that_was_wrong_is_replaced(store):
-    """What says that it is of the year 2286 must not stand for ever, as no entry would be later."""
-    store.put(entry(at=1e10, faster=1.1))
-    store.put(entry(at=1e9, faster=1.25))
-    assert anew(store).get(WORK.key) == entry(at=1e9, faster=1.25)
-    store.change("forward", lambda entries: {str(WORK.key): changed(at=10**400)})
-    store.put(entry())
-    assert anew(store).get(WORK.key) == entry()
-    assert merged(changed(at=1e10), changed(at=2e10))["at"] == 2e10  # of two such the new one
-
-
-def test_clocks_that_differ_a_little(store):
-    """An older entry, brought from elsewhere, does not take the place of one from a host that is some seconds ahead."""
-    ahead = time.time() + 5
-    store.put(entry(at=ahead, faster=1.5))
-    store.put(entry(at=1e9, faster=1.25))
-    assert anew(store).get(WORK.key).gain == pytest.approx(1.5, rel=1e-4)
-
-
-def test_who_knew_of_an_entry_is_later_than_it():
-    known = entry(at=time.time() + 3600)
-    new = entry(at=time.time(), faster=1.5).later_than(known)
-    assert merged(known.as_json(), new.as_json())["candidates"] == new.as_json()["candidates"]
-    assert merged(new.as_json(), known.as_json())["candidates"] == new.as_json()["candidates"]
-    early, wrong = entry(at=1.0), entry(at=1e10)
-    assert new.later_than(early) == new  # nothing to do
-    assert early.later_than(wrong) == early  # whose date nobody believes
-
-
-def test_a_date_in_a_file_is_never_later_than_it_was(store):
-    """Else what is put at once has not happened yet."""
-    for at in (1763980000.1239, 1763980000.9999, 12.0006):
-        told = entry(at=at).as_json()["at"]
-        assert at - 0.0011 < told <= at
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
@@ -380,6 +334,48 @@ def test_after_a_write_that_failed_nothing_of_the_others_is_lost(store, monkeypa
     assert mine.get(WORK.key, again=True).gain == pytest.approx(1.6, rel=1e-3)
     assert mine.put(entry(OTHER))
     assert anew(store).get(WORK.key).gain == pytest.approx(1.6, rel=1e-3)
+
+
+def test_what_another_thread_could_not_write_meanwhile_is_kept(store, monkeypatch):
+    """It came after this write had begun, so it is not in the file."""
+    real = stores.write_file
+
+    def write(path, identity, kernel, entries):
+        if str(OTHER.key) not in entries:
+            monkeypatch.setattr(stores, "write_file", full)
+            assert not store.put(entry(OTHER))  # as the other thread
+            monkeypatch.setattr(stores, "write_file", write)
+        real(path, identity, kernel, entries)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stores, "locked", lambda *_: nullcontext())
+    monkeypatch.setattr(stores, "write_file", write)
+    with pytest.warns(RuntimeWarning, match="they last for this process only"):
+        assert store.put(entry())
+    assert store.get(OTHER.key) == entry(OTHER)
+    assert store.put(entry(replace(WORK, batch=128)))
+    assert anew(store).get(OTHER.key) == entry(OTHER)
+
+
+def test_what_is_written_is_no_longer_remembered(store):
+    """Else what others remove would be there again with the next write."""
+    assert store.put(entry())
+    anew(store).change("forward", lambda entries: {})
+    assert store.put(entry(OTHER))
+    assert anew(store).get(WORK.key) is None
+    assert store.get(WORK.key, again=True) is None
+
+
+def test_file_and_folder_are_on_the_disk_before_it_is_told(store, monkeypatch):
+    """A file that was renamed into a folder is only there when the folder is, too."""
+    synchronised, real = [], os.fsync
+    monkeypatch.setattr(
+        stores.os, "fsync", lambda handle: synchronised.append(os.fstat(handle).st_mode) or real(handle)
+    )
+    assert store.put(entry())
+    assert [stat.S_ISDIR(mode) for mode in synchronised] == [False, True]
 
 
 def test_a_change_that_cannot_be_written_changes_nothing(store, monkeypatch):

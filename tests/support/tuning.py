@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,3 +135,15 @@ def entry(
     tried = (Candidate(default, 5.0, 5.0, 15), Candidate(found, 5.0 / faster, 5.0, 15))
     case = {"hidden": work.hidden, "batch": work.batch, "columns": work.columns}
     return Entry(work.key, found, MEASURED, at, by, default, case, tried)
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """An entry's JSON with some fields changed, also deep ones: layout__units=3."""
+    told = entry().as_json()
+    for name, value in changes.items():
+        place = told
+        *path, last = name.split("__")
+        for part in path:
+            place = place[part]
+        place[last] = value
+    return told
