@@ -243,9 +243,10 @@ def test_a_new_group_has_nothing_of_an_old_one_with_the_same_store(in_a_group, m
 
 def test_an_answer_of_an_earlier_group_is_none_of_this_one(in_a_group, monkeypatch):
     """Not of the one before the last, either, in which nobody has said anything."""
-    identity, clock, store = Identity.of(H100), Clock(), dist.HashStore()
-    in_a_group(store)
-    ranks.Answers(store, ranks.Group(store)).give("a", identity, entry().layout)  # by rank 0
+    identity, clock, below = Identity.of(H100), Clock(), dist.HashStore()
+    stores = [dist.PrefixStore("default_pg", below) for _ in range(3)]  # with the same entries
+    in_a_group(stores[0])
+    ranks.Answers(stores[0], ranks.Group(stores[0])).give("a", identity, entry().layout)  # by rank 0
 
     def sleep(_):
         clock.now += 1
@@ -254,8 +255,8 @@ def test_an_answer_of_an_earlier_group_is_none_of_this_one(in_a_group, monkeypat
         return ranks.Answers.of(ranks.group()).wait("a", WORK, identity, 60, clock=clock, sleep=sleep)
 
     assert ask() == FOUND
-    for expected in (dist.PrefixStore("", store), dist.PrefixStore("", store)):
-        in_a_group(expected)  # the same entries
+    for store in stores[1:]:
+        in_a_group(store)
         monkeypatch.setattr(errors, "_told", set())
         with pytest.warns(RuntimeWarning, match="rank 0 has not decided"):
             assert ask() == NOT_YET
