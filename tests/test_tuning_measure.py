@@ -201,7 +201,7 @@ def test_too_little_memory_says_nothing_about_a_layout(monkeypatch):
 def test_from_the_first_to_the_last():
     """The search on real kernels: every layout it tries is compiled, looked at and timed, or told why not."""
     bench = bench_of()
-    found = tune(WORK, bench, by=BY, case={}, seconds=60, rounds=5)
+    found = tune(WORK, bench, by=BY, case={}, seconds=20, rounds=3)
     assert isinstance(found.layout, Config)
     assert found.candidate(found.default).microseconds > 0
     assert any("at the same time" in each.failed for each in found.candidates)

@@ -77,7 +77,7 @@ def items() -> list[Item]:
 
 def toy_items() -> list[Item]:
     """The same at sizes for an interpreter, each once."""
-    options = {"tune": {"most": 2, "rounds": 1}, "bench": {"rounds": 1}, "stages": {"rounds": 1}}
+    options = {"tune": {"most": 2, "rounds": 1, "seconds": 9.0}, "bench": {"rounds": 1}, "stages": {"rounds": 1}}
     found: dict[str, Item] = {}
     for item in items():
         case = item.case.toy() if item.case else None
