@@ -28,6 +28,7 @@ from tests.support.tuning_command import (
     run,
     run_json,
     ship,
+    words,
 )
 from triton_bnlstm.tuning import choice, commands, contents, machine, models
 from triton_bnlstm.tuning.device import Identity
@@ -133,13 +134,16 @@ def test_show_marks_what_is_stale_of_other_code_or_broken(capsys, root):
     path.write_text(path.read_text().replace('"us": 3.2', '"us": -1'))
     (folder_of(root) / "forward.json.corrupt-20250101-000000-1").write_text("{")
     (folder_of(root) / "inference.json").write_text("{")
-    code, out, _ = run(capsys, "show")
-    assert code == DONE
+    code, screen, _ = run(capsys, "show")
+    out = words(screen)
+    assert code == FAILED  # a file cannot be used, and is told first, with what gets rid of it
+    assert out.startswith("cannot be used: ")
+    assert "inference.json: it is not JSON" in out.partition("sm90,")[0]
+    assert "clear --unused` removes" in out.partition("sm90,")[0]
     assert "! stale: Triton 2.0 then" in out
     assert "! not used: measured for another version of the kernel's code" in out
     assert "! not used: us: -1 is no time" in out
     assert "set aside as unreadable: v1/cuda-sm90-132x227KB/forward.json.corrupt" in out
-    assert "inference.json: it is not JSON" in out
     assert (folder_of(root) / "inference.json").exists()  # looking changes nothing
     _, told = run_json(capsys, "show")
     assert [each["problem"] is None for each in told["entries"]] == [True, True, False]
@@ -152,10 +156,8 @@ def test_show_knows_what_is_shipped(capsys, root, monkeypatch, h100):
     ship(monkeypatch, made(), made(BACKWARD, how=MODELLED))
     _, told = run_json(capsys, "show", "--device", "this")
     assert [each["origin"] for each in told["entries"]] == ["cache"]  # one's own, and what else there is in a line
-    assert (
-        "2 layouts are shipped for this device (1 modelled, not measured): `show --shipped` lists them"
-        in run(capsys, "show")[1]
-    )
+    told = "2 layouts are shipped for this device (1 modelled, not measured): `show --shipped` lists them"
+    assert told in words(run(capsys, "show")[1])
     _, told = run_json(capsys, "show", "--device", "this", "--shipped", "--candidates")
     assert [(each["origin"], each["shadowed"]) for each in told["entries"]] == [
         ("cache", False),
@@ -359,7 +361,7 @@ def test_a_cache_that_is_a_file(capsys, root, command):
     root.write_text("no folder")
     code, out, err = run(capsys, command)
     assert code == FAILED
-    assert f"{root} is not a folder" in out + err
+    assert f"{root} is not a folder" in words(out + err)
 
 
 def test_the_program_is_called_as_it_was_started(capsys, monkeypatch):

@@ -98,7 +98,7 @@ def test_no_code_of_a_file_is_run(capsys, root, tmp_path, h100):
         b"PK\x03\x04 not whole",
         {},
         [1, 2],
-        {"weight_hh_l0": torch.zeros(16, 4)},
+        {"bias_hh_l0": torch.zeros(16)},
         {"gamma_hh_l0": torch.zeros(16)},
         {"gamma_hh_l0": 3, "weight_hh_l0": torch.zeros(16, 4), "weight_ih_l0": torch.zeros(16, 4)},
         {"gamma_hh_l0": torch.zeros(16), "weight_hh_l0": torch.zeros(16, 5), "weight_ih_l0": torch.zeros(16, 4)},
@@ -114,6 +114,29 @@ def test_files_without_layers(capsys, tmp_path, h100, content):
     code, out, err = run(capsys, "tune", "--from-model", str(path), "--batch", "20")
     assert (code, out, err.count("\n")) == (USAGE, "", 1)
     assert "torch.save(model.state_dict(), FILE)" in err
+    assert ("no file that torch.save has written" in err) == isinstance(content, bytes)
+
+
+@pytest.mark.parametrize("content", [b"# README\n" * 200, bytes(range(256)) * 8, pickle.dumps({"a": 1})])
+def test_what_torch_has_not_written_is_not_said_to_hold_code(capsys, tmp_path, content):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content)
+    code, _, err = run(capsys, "tune", "--from-model", str(path), "--batch", "20")
+    assert (code, "no file that torch.save has written" in err, "run code" in err) == (USAGE, True, False)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_files_of_old_and_new_torch_that_hold_code(capsys, tmp_path, archive):
+    path = tmp_path / "weights.pt"
+    torch.save(BNLSTM(3, 4, max_length=2), path, _use_new_zipfile_serialization=archive)
+    code, _, err = run(capsys, "tune", "--from-model", str(path), "--batch", "20")
+    assert (code, "would run code" in err) == (USAGE, True)
+
+
+def test_an_lstm_is_told_how_to_become_a_layer(capsys, tmp_path):
+    torch.save(torch.nn.LSTM(3, 4).state_dict(), tmp_path / "lstm.pt")
+    code, _, err = run(capsys, "tune", "--from-model", str(tmp_path / "lstm.pt"), "--batch", "20")
+    assert (code, "BNLSTM.from_lstm" in err) == (USAGE, True)
 
 
 def test_files_that_are_not_there(capsys, tmp_path, h100):

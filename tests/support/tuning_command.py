@@ -137,6 +137,11 @@ def run(capsys: Any, *arguments: str) -> tuple[int, str, str]:
     return code, out, err
 
 
+def words(text: str) -> str:
+    """A screen without its line breaks, which are where the terminal ends."""
+    return " ".join(text.split())
+
+
 def run_json(capsys: Any, *arguments: str) -> tuple[int, dict[str, Any]]:
     """The exit code, and what it says in JSON."""
     code, out, _ = run(capsys, *arguments, "--json")

@@ -5,46 +5,82 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import sys
-import time
+import textwrap
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from . import choice, contents, machine, models, online, screens
-from .doctor import doctor, why_unusable
-from .machine import Here
-from .models import DTYPES, LENGTHS, SAME_DTYPES, USUAL_KERNELS, USUAL_LENGTHS, Wanted
+from . import online, screens
+from .clearing import clear, stale_hint
+from .doctor import doctor
+from .models import DTYPES, LENGTHS, SAME_DTYPES, USUAL_KERNELS, USUAL_LENGTHS
 from .screens import DONE, FAILED, INTERRUPTED, NO_DEVICE, USAGE, Failure
-from .store import Store
-from .tuner import Tell, nobody
-from .upkeep import clear, export, show, take
+from .showing import show
+from .transfer import export, take
+from .tune_command import tune
 from .verifying import verify
-from .work import KERNELS, Work, in_words
+from .work import KERNELS
 
-DESCRIPTION = """\
-Layouts of the kernels, tuned for a card and kept in a cache: show them, measure new ones, check them, export them,
-remove them, and find out why something does not work. Nothing is measured but by `tune` and `verify`.
-"""
-_EPILOG = f"""\
-examples:
-  python -m triton_bnlstm.tuning tune --hidden 512 --batch 64 --dtype bf16
-  python -m triton_bnlstm.tuning tune --hidden 256,512 --batch 32,64 --dtype bf16 --directions 1,2 --lengths device
-  python -m triton_bnlstm.tuning tune --from-model weights.pt --batch 64
-  python -m triton_bnlstm.tuning show --candidates
-  python -m triton_bnlstm.tuning export --out tuned.json
-  python -m triton_bnlstm.tuning import tuned.json
-  python -m triton_bnlstm.tuning doctor
+DESCRIPTION = (
+    "Layouts of the kernels, tuned for a card and kept in a cache: show them, measure new ones, check them, export and "
+    "import them, remove them, and find out why something does not work. Only `tune` and `verify` measure anything."
+)
+_EXAMPLES = {
+    "tune": ("tune --hidden 512 --batch 64 --dtype bf16", "tune --from-model weights.pt --batch 64"),
+    "show": ("show --candidates",),
+    "verify": ("verify",),
+    "export": ("export --out tuned.json",),
+    "import": ("import tuned.json",),
+    "clear": ("clear --unused --dry-run",),
+    "doctor": ("doctor",),
+}
+_CODES = {
+    DONE: "done",
+    FAILED: "something is wrong, or failed",
+    USAGE: "the command line, or a file that it names, is wrong",
+    NO_DEVICE: "there is no device to measure on",
+    INTERRUPTED: "interrupted; what was tuned until then is kept",
+}
+_OF_COMMAND = {
+    "show": (DONE, FAILED, USAGE, NO_DEVICE),
+    "tune": tuple(_CODES),
+    "verify": (DONE, FAILED, USAGE, INTERRUPTED),
+    "export": (DONE, FAILED, USAGE),
+    "import": (DONE, FAILED, USAGE),
+    "clear": (DONE, FAILED, USAGE, NO_DEVICE),
+    "doctor": (DONE, FAILED, USAGE),
+}
 
-exit codes:
-  {DONE:<3}  done
-  {FAILED:<3}  something is wrong, or failed
-  {USAGE:<3}  the command line, or a file that it names, is wrong
-  {NO_DEVICE:<3}  there is no device to measure on
-  {INTERRUPTED:<3}  interrupted; what was tuned until then is kept
-"""
+
+def _epilog(examples: tuple[str, ...], codes: tuple[int, ...]) -> str:
+    lines = ["examples:" if len(examples) > 1 else "example:", *(f"  {screens.program()} {each}" for each in examples)]
+    lines += ["", "exit codes:", *(f"  {code:<3}  {_CODES[code]}" for code in codes)]
+    lines += ["", 'with --json a failure is {"error": ..., "exit_code": ...} on stdout, too'] * (len(examples) > 0)
+    return "\n".join(lines)
+
+
+class _Help(argparse.HelpFormatter):
+    """Descriptions as wide as the terminal, at most 100 columns; what has lines of its own as it is."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=min(100, shutil.get_terminal_size((100, 24)).columns) - 2)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return text
+        return textwrap.fill(" ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Whose errors are told as all others are, in JSON where that is asked for."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        raise Failure(f"error: {message}", USAGE)
 
 
 def _sizes(text: str) -> list[int]:
@@ -93,31 +129,41 @@ def _names(known: tuple[str, ...], same: dict[str, str] | None = None) -> Callab
 
 def parser() -> argparse.ArgumentParser:
     """Of all commands."""
-    form = argparse.RawDescriptionHelpFormatter
-    whole = argparse.ArgumentParser(
-        prog=screens.program(),
-        description=DESCRIPTION,
-        epilog=_EPILOG.replace("python -m triton_bnlstm.tuning", screens.program()),
-        formatter_class=form,
-    )
+    examples = tuple(each for name in ("tune", "show", "export", "import", "doctor") for each in _EXAMPLES[name])
+    epilog = _epilog(examples, tuple(_CODES))
+    whole = _Parser(prog=screens.program(), description=DESCRIPTION, epilog=epilog, formatter_class=_Help)
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str, more: str = "") -> argparse.ArgumentParser:
         description = f"{text[0].upper()}{text[1:]}.{' ' if more else ''}{more}"
-        made = commands.add_parser(name, help=text, description=description)
+        epilog = _epilog(_EXAMPLES[name], _OF_COMMAND[name])
+        made = commands.add_parser(name, help=text, description=description, epilog=epilog, formatter_class=_Help)
         made.set_defaults(run=run)
         return made
 
     def add_json(made: argparse.ArgumentParser) -> None:
         made.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
+    def add_kernel(made: argparse.ArgumentParser) -> None:
+        several = f"only of these: {', '.join(KERNELS)}"
+        made.add_argument("--kernel", type=_names(KERNELS), action="extend", metavar="K[,K]", help=several)
+
+    def add_architecture(made: argparse.ArgumentParser) -> None:
+        made.add_argument(
+            "--architecture",
+            type=lambda text: text.split(","),
+            action="extend",
+            metavar="A[,A]",
+            help="only of devices of these: sm90, gfx942, …",
+        )
+
     made = add("show", show, "list what is known", "Changes nothing.")
-    made.add_argument("--kernel", choices=KERNELS, help="of this one alone")
-    made.add_argument("--device", choices=("this", "all"), default="all", help="whose (default: %(default)s)")
-    made.add_argument("--shipped", action="store_true", help="all that comes with the package, too, for any device")
+    add_kernel(made)
     made.add_argument(
-        "--architecture", type=lambda text: text.split(","), action="extend", metavar="sm90[,sm80]", help="of these"
+        "--device", choices=("this", "all"), default="all", help="of this machine's GPU, or of all (default)"
     )
+    made.add_argument("--shipped", action="store_true", help="all that comes with the package, too, for any device")
+    add_architecture(made)
     made.add_argument("--candidates", action="store_true", help="every layout that was tried, its time or its failure")
     add_json(made)
 
@@ -125,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
     group = made.add_argument_group("for which layers")
     group.add_argument("--hidden", type=_sizes, action="extend", metavar="H[,H]", help="hidden sizes")
     group.add_argument("--columns", type=_one_size, metavar="D", help="features of the input (default: H)")
-    group.add_argument("--directions", type=_directions, action="extend", metavar="1|2", help="(default: 1)")
+    group.add_argument("--directions", type=_directions, action="extend", metavar="1|2|1,2", help="(default: 1)")
     group.add_argument("--cell-norm", action="store_true", help="with normalised cell states")
     group.add_argument(
         "--from-model", type=Path, metavar="FILE", help="in place of these: a file with a state_dict that has them"
@@ -136,20 +182,22 @@ def parser() -> argparse.ArgumentParser:
         "--dtype",
         type=_names(tuple(DTYPES), SAME_DTYPES),
         action="extend",
-        metavar="|".join(DTYPES),
-        help="of weights; tf32 is float32 with TF32 products (default: the model's)",
+        metavar="T[,T]",
+        help=f"of weights: {', '.join(DTYPES)}; tf32 is float32 with TF32 products (needed, but with --from-model)",
     )
     group.add_argument(
         "--lengths",
         type=_names(LENGTHS),
         action="extend",
-        metavar="|".join(LENGTHS),
-        help="of a batch's sequences: all equal, unequal, or unequal as a tensor on the GPU; several with commas "
+        metavar="L[,L]",
+        help="of a batch's sequences: equal, unequal, or device (unequal, as a tensor on the GPU) "
         f"(default: {','.join(USUAL_LENGTHS)})",
     )
     group = made.add_argument_group("how")
     group.add_argument(
+        "--kernel",
         "--kernels",
+        dest="kernels",
         type=_names(KERNELS),
         metavar="K[,K]",
         help=f"of {', '.join(KERNELS)} (default: {','.join(USUAL_KERNELS)})",
@@ -157,7 +205,10 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--seconds", type=_seconds, metavar="N", help=f"at most, for each kernel (default: {online.SECONDS:g})"
     )
-    group.add_argument("--dry-run", action="store_true", help="only say what would be measured")
+    group.add_argument(
+        "--dry-run", action="store_true", help="only say what would be measured; needs a GPU, or --architecture"
+    )
+    group.add_argument("--architecture", metavar="A", help="with --dry-run: plan for this one, as sm90, without a GPU")
     group.add_argument("--force", action="store_true", help="measure again what is known")
     group.add_argument("--device", metavar="cuda:0", help="which GPU (default: the current one)")
     add_json(group)  # type: ignore[arg-type]
@@ -176,12 +227,13 @@ def parser() -> argparse.ArgumentParser:
         "export",
         export,
         "write measured layouts as the file that the package ships",
-        "Of all devices of one architecture in the cache, for the current version of the kernels' code.",
+        "Of all devices of an architecture in the cache, for the current version of the kernels' code.",
     )
     made.add_argument("--out", type=Path, metavar="FILE", help="replace this file (default: stdout)")
-    made.add_argument("--kernel", choices=KERNELS, help="of this one alone")
-    made.add_argument("--architecture", metavar="sm90", help="which, if the cache has several")
+    add_kernel(made)
+    add_architecture(made)
     made.add_argument("--with-candidates", action="store_true", help="with every layout that was tried")
+    add_json(made)
 
     made = add(
         "import",
@@ -189,16 +241,20 @@ def parser() -> argparse.ArgumentParser:
         "put the measured layouts of files that `export` wrote into the cache",
         "So layouts that were tuned on one machine serve on another with the same device. What is newer stays.",
     )
-    made.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what `export` wrote")
+    made.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what `export` wrote, or a folder of such")
+    add_json(made)
 
     made = add("clear", clear, "remove entries from the cache")
-    what = made.add_mutually_exclusive_group(required=True)
+    what = made.add_mutually_exclusive_group()
     what.add_argument("--all", action="store_true", help="everything, with files that were set aside or left behind")
-    unused = "what no call uses: of another version of the kernels' code, or unreadable"
+    unused = "what no call uses: of another version of the kernels' code, or unreadable, and files set aside as such"
     what.add_argument("--unused", action="store_true", help=unused)
-    what.add_argument("--stale", action="store_true", help="what was measured with another Triton, and is still used")
-    what.add_argument("--kernel", choices=KERNELS, help="of this kernel")
-    made.add_argument("--device", choices=("this", "all"), default="all", help="whose (default: %(default)s)")
+    what.add_argument("--stale", action="store_true", help=f"{stale_hint()}; of this machine's GPU without --device")
+    add_kernel(made)
+    made.add_argument(
+        "--device", choices=("this", "all"), help="of this machine's GPU, or of all (default, but with --stale)"
+    )
+    made.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     add_json(made)
 
     made = add("doctor", doctor, "tell what tuning rests on here, and what of it does not work", "Changes nothing.")
@@ -225,20 +281,25 @@ def main(arguments: list[str] | None = None) -> int:
             asked = parser().parse_args(arguments)
             code = int(asked.run(asked))
             sys.stdout.flush()
-        except SystemExit as end:  # argparse's own
+        except SystemExit as end:  # argparse's own, of --help
             return end.code if isinstance(end.code, int) else USAGE
         except Failure as failure:
-            screens.complain(str(failure))
-            return failure.code
+            return _failed(str(failure), failure.code, arguments)
         except KeyboardInterrupt:
-            screens.complain("interrupted")
-            return INTERRUPTED
+            return _failed("interrupted", INTERRUPTED, arguments)
         except BrokenPipeError:
             _close_quietly()
             return DONE
         except (OSError, RuntimeError, ValueError) as error:
-            screens.complain(f"{type(error).__name__}: {error}")
-            return FAILED
+            return _failed(f"{type(error).__name__}: {error}", FAILED, arguments)
+    return code
+
+
+def _failed(message: str, code: int, arguments: list[str] | None) -> int:
+    """Say why a command has failed, for scripts, too. The exit code."""
+    screens.complain(message)
+    if "--json" in (sys.argv[1:] if arguments is None else arguments):
+        screens.write_json({"error": screens.one_line(message), "exit_code": code})
     return code
 
 
@@ -250,140 +311,3 @@ def _close_quietly() -> None:
     """Nobody reads stdout any more: Python's own flush at the end must not complain."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-# Tuning
-
-_FLOAT32 = (
-    "hint: layers whose parameters are float32 compute so, also under autocast; "
-    'with torch.set_float32_matmul_precision("high") tune --dtype tf32'
-)
-
-
-def tune(arguments: argparse.Namespace) -> int:
-    """`tune`: measure one kernel after the other."""
-    try:
-        seconds = arguments.seconds or online.seconds_allowed()
-    except ValueError as error:
-        raise Failure(str(error), USAGE) from None
-    layers = models.layers_asked(arguments)
-    here = machine.find(arguments.device)
-    for numbers in dict.fromkeys(layer.numbers for layer in layers):
-        dtype, precision = DTYPES[numbers]
-        reason = machine.why_not_measured(here.device, dtype)
-        if reason is not None:
-            raise Failure(f"nothing is measured: {reason}", NO_DEVICE)
-        if precision == "tf32" and (here.numbers.backend == "hip" or here.numbers.capability < 80):
-            raise Failure(f"{here.name} has no TF32: its products are those of --dtype fp32", USAGE)
-    store = _store(here)
-    kernels = tuple(arguments.kernels or USUAL_KERNELS)
-    batches = dict.fromkeys(arguments.batch)
-    lengths = dict.fromkeys(arguments.lengths or USUAL_LENGTHS)
-    wanted = [Wanted(batch, each, kernels) for batch in batches for each in lengths]
-    all_works = [work for layer in layers for each in wanted for work in models.works_of(layer, each)]
-    works = models.without_doubles(all_works)
-    if any(layer.numbers == "fp32" for layer in layers):
-        print(_FLOAT32, file=sys.stderr)
-    known = {work: store.get(work.key, again=True) for work in works}
-    settled = {work for work in works if not arguments.force and machine.is_settled(work, here.numbers, known[work])}
-    new = [work for work in works if work not in settled]
-    most = seconds * len(new)
-    plan = f"{screens.count(len(new), 'kernel')}, at most {screens.duration(most)}" if new else "nothing new to try"
-    if settled and new:
-        plan += f"; for {len(settled)} more there is nothing new to try"
-    if arguments.dry_run:
-        if arguments.json:
-            screens.write_json({"would_measure": [str(work.key) for work in new], "at_most_seconds": most})
-            return DONE
-        for work in new:
-            print(screens.key_words(work.key))
-        print(plan)
-        return DONE
-    print(plan, file=sys.stderr, flush=True)
-    return _tune_all(works, here, store, seconds, settled, arguments)
-
-
-def _store(here: Here) -> Store:
-    """The cache, seen to keep what it is given: nobody should wait for results that are lost."""
-    store = choice.store_of(here.numbers) if contents.root_of_cache() is not None else None
-    if store is None or store.folder is None:
-        raise Failure(f"results could not be kept: {contents.why_no_cache()}")
-    reason = why_unusable(store.folder)
-    if reason is not None:
-        raise Failure(f"results could not be kept: {reason}")
-    return store
-
-
-def _tune_all(
-    works: list[Work],
-    here: Here,
-    store: Store,
-    seconds: float,
-    settled: set[Work],
-    arguments: argparse.Namespace,
-) -> int:
-    done: list[dict[str, Any]] = []
-    failed: list[dict[str, str]] = []
-    interrupted = False
-    try:
-        for k, work in enumerate(works):
-            name = screens.key_words(work.key)
-            try:
-                title = f"{k + 1}/{len(works)} {name}"
-                with nullcontext(nobody) if work in settled else screens.progress(title, seconds) as tell:
-                    told = _tune_one(work, here, store, seconds, tell, arguments)
-                line = told.pop("line")
-                if not arguments.json:
-                    print(line, flush=True)
-            except (RuntimeError, ValueError, OSError, Failure) as error:  # TuningError, or what else is in the way
-                text = screens.one_line(str(error)).removeprefix(f"{work.key}: ")
-                screens.complain(f"{name}: {text}")
-                failed.append({"key": str(work.key), "why": text})
-            else:
-                done.append(told)
-    except KeyboardInterrupt:
-        interrupted = True
-        screens.complain(f"interrupted: {len(done)} of {len(works)} are tuned, and kept in {store.folder}")
-    if arguments.json:
-        told = {"device": here.identity._asdict(), "cache": str(store.root), "tuned": done, "failed": failed}
-        screens.write_json({**told, "interrupted": interrupted})
-    return INTERRUPTED if interrupted else FAILED if failed else DONE
-
-
-def _tune_one(
-    work: Work, here: Here, store: Store, seconds: float, tell: Tell, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Measure, and see that it is kept. What `--json` says of it, and its line for the others.
-
-    Raises:
-        Failure: it is not kept.
-        TuningError: see `online.tune_work`.
-    """
-    before, began = store.get(work.key, again=True), time.monotonic()
-    entry = online.tune_work(
-        work,
-        here.device,
-        here.numbers,
-        make=machine.make_bench,
-        seconds=seconds,
-        force=arguments.force,
-        complete=True,
-        tell=tell,
-        store=store,
-    )
-    anew = entry != before
-    kept = Store(store.identity, store.root).get(work.key)  # as another process sees it
-    if kept is None or kept.layout != entry.layout:
-        raise Failure(f"its layout could not be kept in {store.folder}")
-    return {
-        "line": screens.result_line(entry, anew=anew),
-        "key": str(work.key),
-        "anew": anew,
-        "us": screens.time_of(entry),
-        "gain": entry.gain,
-        "layout_in_words": in_words(entry.layout),
-        "tried": len(entry.candidates),
-        "failed": sum(bool(each.failed) for each in entry.candidates),
-        "seconds": round(time.monotonic() - began, 3),
-        "entry": entry.as_json(),
-    }

@@ -7,18 +7,18 @@ import json
 import os
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import shipped
+from . import machine, shipped, space
 from .choice import CACHE, SHIPPED
 from .device import Identity, is_stale, triton_version
 from .entry import MEASURED, Entry
-from .screens import Failure
+from .screens import USAGE, Failure, program
 from .store import SCHEMA, VARIABLE, Raw, cache_directory, read_file
-from .work import KERNELS, Key, source_hash
+from .work import KERNELS, Key, Layout, Work, source_hash
 
 # An entry with less of a gain is slower than the default beyond what noise explains.
 _SLOWER = 0.98
@@ -56,9 +56,34 @@ class Found(NamedTuple):
         return self.measured and triton_version() != "none" and self.entry is not None and is_stale(self.entry.by)
 
     @property
+    def default(self) -> Layout | None:
+        """The default layout of today, which may be another one than when it was measured; None: not known."""
+        numbers = machine.numbers_of(self.identity)
+        if numbers is None or self.entry is None or self.of_other_code:
+            return None
+        return space.analytic(numbers, work_of(self.entry))
+
+    @property
+    def gain(self) -> float | None:
+        """How many times as fast as the default of today its layout is, as far as both were measured."""
+        if self.entry is None or not self.measured:
+            return None
+        return self.entry.gain_over(self.default or self.entry.default)
+
+    @property
     def is_slower(self) -> bool:
-        """Whether the default was faster when it was measured."""
-        return self.entry is not None and self.measured and self.entry.gain is not None and self.entry.gain < _SLOWER
+        """Whether the default is faster, as far as both were measured."""
+        return self.gain is not None and self.gain < _SLOWER
+
+
+def work_of(entry: Entry) -> Work:
+    """What was measured; the largest of its key's sizes where that is not recorded."""
+    largest = Work.of_key(entry.key)
+    sizes = {name: entry.case[name] for name in ("hidden", "batch", "columns") if name in entry.case}
+    if len(sizes) < 3 or min(sizes.values()) < 0 or not sizes["batch"]:
+        return largest
+    measured = replace(largest, hidden=sizes["hidden"], batch=sizes["batch"], columns=sizes["columns"])
+    return measured if measured.key == entry.key else largest
 
 
 @dataclass
@@ -127,8 +152,25 @@ def of_cache(root: Path | None) -> Contents:
             if folder.is_dir():
                 _look_into(folder, contents)
     except OSError as error:
-        raise Failure(f"{root} cannot be read ({error})") from None
+        raise Failure(f"{root.absolute()} cannot be read ({error.strerror or error})") from None
     return contents
+
+
+def needed_root() -> Path:
+    """The cache's folder.
+
+    Raises:
+        Failure: there is none.
+    """
+    root = root_of_cache()
+    if root is None:
+        raise Failure(why_no_cache())
+    return root
+
+
+def remedy() -> str:
+    """What gets rid of files that cannot be used."""
+    return f"`{program()} clear --unused` removes what cannot be used"
 
 
 def _look_into(folder: Path, contents: Contents) -> None:
@@ -141,8 +183,14 @@ def _look_into(folder: Path, contents: Contents) -> None:
             identity = Identity.of_json(json.loads(path.read_bytes())["device"])
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError) as error:
-            contents.unreadable.append((path, "it names no device" if isinstance(error, KeyError) else str(error)))
+        except KeyError:
+            contents.unreadable.append((path, "it names no device"))
+            continue
+        except OSError as error:
+            contents.unreadable.append((path, f"it cannot be read ({error.strerror or error})"))
+            continue
+        except ValueError as error:
+            contents.unreadable.append((path, str(error)))
             continue
         if identity.slug != folder.name:
             contents.unreadable.append((path, f"it is of another device ({identity.slug}) than its folder"))
@@ -194,6 +242,37 @@ def of_package() -> list[Found]:
         for identity, entries in devices.items():
             found += [found_of(identity, "", key, SHIPPED, raw) for key, raw in entries.items()]
     return found
+
+
+def of_architectures(found: list[Found], asked: list[str] | None, shipped_: list[Found]) -> list[Found]:
+    """Those of the architectures that are asked for, in capitals or not; all if None is.
+
+    Args:
+        found: of the cache, and maybe of the package.
+        asked: names.
+        shipped_: what comes with the package, whose architectures are known, too.
+
+    Raises:
+        Failure: nobody knows an architecture of that name.
+    """
+    if asked is None:
+        return found
+    names = {each.lower() for each in asked}
+    known = {*machine.ARCHITECTURES, *(each.identity.architecture for each in (*found, *shipped_))}
+    if not names <= known:
+        raise Failure(f"there is no architecture {', '.join(sorted(names - known))}: {', '.join(sorted(known))}", USAGE)
+    return [each for each in found if each.identity.architecture in names]
+
+
+def what_there_is(cache: list[Found], shipped_: list[Found]) -> str:
+    """The architectures and kernels that there are entries of, for who has asked for others."""
+    parts = []
+    for where, found in (("in your cache", cache), ("shipped", shipped_)):
+        if found:
+            architectures = sorted({each.identity.architecture for each in found})
+            kernels = [kernel for kernel in KERNELS if any(each.kernel == kernel for each in found)]
+            parts.append(f"{where}: {', '.join(kernels)} for {', '.join(architectures)}")
+    return "; ".join(parts) or "there are none at all"
 
 
 def shadowed(found: list[Found]) -> set[tuple[Identity, str]]:

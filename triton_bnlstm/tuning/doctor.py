@@ -62,6 +62,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         problems.append(f"the package filelock is missing: {_PACKAGES['filelock']}")
     told["cache"] = _cache(devices, problems)
     told["shipped"] = _shipped(devices, problems)
+    told["can_tune"] = bool(devices) and not any("nothing can be measured" in each for each in problems)
     told["problems"] = problems
     if arguments.json:
         screens.write_json(told)
@@ -126,7 +127,12 @@ def _cache(devices: list[Here], problems: list[str]) -> dict[str, Any]:
         return {"folder": os.environ.get(VARIABLE), "from": origin, "usable": False}
     if root is None:
         problems.append(contents.why_no_cache())
-        return {"folder": None, "from": None, "usable": False}
+        return {"folder": None, "from": origin, "usable": False}
+    if not root.is_absolute():
+        problems.append(
+            f"{VARIABLE}={root} depends on the folder that a process is started in, now {Path.cwd()}: what is tuned in "
+            "one is not found in another; name a folder in full"
+        )
     places = [root]
     for here in devices:
         folder = root / f"v{SCHEMA}" / here.identity.slug
@@ -138,10 +144,11 @@ def _cache(devices: list[Here], problems: list[str]) -> dict[str, Any]:
     problems += [reason for place, reason in wrong if not _is_read_only(place)]
     read_only = bool(wrong) and all(_is_read_only(place) for place, _ in wrong)
     for path, why in cache.unreadable:
-        problems.append(f"{path} cannot be used: {why}; the next use sets it aside, where it can")
+        next_use = "" if read_only else "the next use sets it aside, and "
+        problems.append(f"{path} cannot be used: {why}; {next_use}{contents.remedy()}")
     ours = {here.identity.slug for here in devices}
     return {
-        "folder": str(root),
+        "folder": str(root.absolute()),
         "from": origin,
         "exists": root.exists(),
         "usable": not wrong,
@@ -225,29 +232,31 @@ def _print(told: dict[str, Any]) -> None:
         ]
     if not told["devices"]:
         lines.append(("devices", "no accelerator of use: nothing can be measured here"))
+        lines.append(("", machine.why_none()))
     lines.append(("backend", f"{told['backend']['name']}: {told['backend']['reason']}"))
     autotune = told["autotune"]
     lines.append(("autotune", f"{autotune['mode'] or 'wrong'} ({autotune['from']})"))
-    lines.append(("", f"at most {autotune['seconds'] or '?'} s for a kernel ({autotune['seconds_from']})"))
+    if autotune["seconds"] is not None:
+        lines.append(("", f"at most {autotune['seconds']:g} s for a kernel ({autotune['seconds_from']})"))
     lines += _cache_lines(told["cache"])
     if told["devices"] and told["shipped"]:
         shipped = told["shipped"]
         lines.append(("shipped", f"for these devices: {shipped['measured']} measured, {shipped['modelled']} modelled"))
     wide = max(len(name) for name, _ in lines)
     for name, text in lines:
-        print(f"{name:<{wide}}  {text}")
+        screens.print_text(f"{name:<{wide}}  {text}", " " * (wide + 2))
     print()
     if not told["problems"]:
         print("no problems found")
         return
     print(f"{screens.count(len(told['problems']), 'problem')}:")
     for problem in told["problems"]:
-        print(f"  - {screens.one_line(problem)}")
+        screens.print_text(f"  - {screens.one_line(problem)}", "    ")
 
 
 def _cache_lines(cache: dict[str, Any]) -> list[tuple[str, str]]:
     if cache["folder"] is None or "exists" not in cache:
-        return [("cache", f"{cache['folder'] or 'none'}")]
+        return [("cache", f"{cache['folder'] or 'none'} (from {cache['from']})")]
     missing = "" if cache["exists"] else ", not made yet"
     works = "can be read, written and locked" if cache["usable"] else "cannot be used"
     if cache.get("read_only"):

@@ -94,17 +94,30 @@ class Entry:
 
     def later_than(self, known: Entry) -> Entry:
         """This entry, dated after one that was known when it was made, whose clock may be ahead."""
-        if self.at > known.at or not _is_believed(known.at):
+        if self.at > known.at or not is_believed(known.at):
             return self
         return replace(self, at=known.at + 0.002)
 
     @property
     def gain(self) -> float | None:
-        """Time of the default over that of the layout, in the same rounds; None where it was not measured."""
-        found = self.candidate(self.layout)
-        if found is None or found.microseconds is None or found.standard is None:
+        """Time of the default that it was compared with over that of the layout, by turns; None: not taken."""
+        return self.gain_over(self.default)
+
+    def gain_over(self, other: Layout) -> float | None:
+        """Time of another layout that was tried over that of the layout, as far as both were measured.
+
+        Each was measured by turns with the default of then, whose time takes the rounds' differences out.
+        """
+        if other == self.layout:
+            return 1.0
+        best, known = self.candidate(self.layout), self.candidate(other)
+        if best is None or best.microseconds is None or best.standard is None:
             return None
-        return found.standard / found.microseconds
+        if other == self.default:
+            return best.standard / best.microseconds
+        if known is None or known.microseconds is None or known.standard is None:
+            return None
+        return (known.microseconds / known.standard) / (best.microseconds / best.standard)
 
     def as_json(self) -> dict[str, Any]:
         """Its fields."""
@@ -174,10 +187,10 @@ def merged(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def _when(entry: dict[str, Any]) -> float:
     at = entry.get("at")
-    return float(at) if isinstance(at, int | float) and _is_believed(at) else 0.0
+    return float(at) if isinstance(at, int | float) and is_believed(at) else 0.0
 
 
-def _is_believed(at: float) -> bool:
+def is_believed(at: float) -> bool:
     """Clocks of hosts that share a cache may differ; not by a day."""
     return 0 < at <= time.time() + _DAY
 

@@ -9,7 +9,7 @@ import torch
 
 from ..backend import why_no_kernels
 from ..kernels.config import Device, device_of
-from . import online, space
+from . import online, shipped, space
 from .device import Identity, minor, triton_version
 from .entry import MEASURED, Entry
 from .screens import NO_DEVICE, USAGE, Failure
@@ -29,6 +29,7 @@ _MULTIPROCESSORS = {
     "gfx942": (64, 2048),
 }
 
+ARCHITECTURES = tuple(_MULTIPROCESSORS)
 # What every device computes in that computes at all.
 FLOAT = torch.float32
 
@@ -52,14 +53,14 @@ def find(name: str | None = None) -> Here:
     Raises:
         Failure: there is none, or none of that name.
     """
-    if not torch.cuda.is_available():
-        raise Failure("torch sees no accelerator on this machine", NO_DEVICE)
     try:
         device = torch.device(name or "cuda")
     except RuntimeError:
         raise Failure(f"--device: {name!r} is no device; write cuda:0", USAGE) from None
     if device.type != "cuda":
-        raise Failure(f"--device: kernels are not measured on {device.type}", NO_DEVICE)
+        raise Failure(f"--device: kernels are measured on a GPU, not on {device.type}; write cuda:0", USAGE)
+    if not torch.cuda.is_available():
+        raise Failure(why_none(), NO_DEVICE)
     index = torch.cuda.current_device() if device.index is None else device.index
     there = torch.cuda.device_count()
     if index >= there:
@@ -70,6 +71,31 @@ def find(name: str | None = None) -> Here:
     except Exception as error:  # a Triton that is broken, or does not fit the driver, may raise anything
         raise Failure(f"Triton tells nothing of {device} ({type(error).__name__}: {error})", NO_DEVICE) from error
     return Here(device, numbers, torch.cuda.get_device_name(device))
+
+
+def why_none() -> str:
+    """Why torch sees no accelerator here, and what to do about it."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        reason = f"this torch, {torch.__version__}, is built for CPUs only: install a build for CUDA or ROCm"
+    elif os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        reason = "CUDA_VISIBLE_DEVICES hides all GPUs: unset it"
+    else:
+        reason = "torch sees no GPU: is there one, with a driver that this torch can use?"
+    return f"no device to measure on: {reason}; `doctor` tells more, `tune --dry-run --architecture sm90` plans"
+
+
+def numbers_named(architecture: str) -> Device:
+    """The numbers of the board that layouts are shipped for.
+
+    Raises:
+        Failure: there is none of this architecture.
+    """
+    boards = {identity.architecture: identity for identity in shipped.boards()}
+    identity = boards.get(architecture.lower())
+    numbers = None if identity is None else numbers_of(identity)
+    if numbers is None:
+        raise Failure(f"--architecture: {architecture!r} is none of {', '.join(sorted(boards))}", USAGE)
+    return numbers
 
 
 def find_all() -> list[Here]:

@@ -6,10 +6,11 @@ import argparse
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ USUAL_KERNELS = KERNELS
 
 # A parameter that every layer of ours has, and nobody else's.
 _LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?)gamma_hh(?P<layer>_l\d+)?$", re.DOTALL)
+# Of torch.save before 1.6: 0x1950a86a20f9469cfc6c, as pickle writes it.
+_OLD_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 _HINT = "save the weights with torch.save(model.state_dict(), FILE), and give that file"
 
 
@@ -106,8 +109,10 @@ def layers_asked(arguments: argparse.Namespace) -> list[Layer]:
         Failure: too little is given, too much, or what no kernel computes.
     """
     if arguments.from_model is None:
-        if not arguments.hidden or not arguments.dtype:
-            raise Failure("tune needs --hidden and --dtype, or --from-model", USAGE)
+        lacking = [name for name, given in (("--hidden", arguments.hidden), ("--dtype", arguments.dtype)) if not given]
+        if lacking:
+            what = f"{' and '.join(lacking)}, or --from-model" if "--hidden" in lacking else f"{lacking[0]}, too"
+            raise Failure(f"tune needs {what}", USAGE)
         return [
             Layer(hidden, arguments.columns or hidden, directions, numbers, arguments.cell_norm)
             for hidden in arguments.hidden
@@ -140,8 +145,16 @@ def layers_of_file(path: Path) -> list[Layer]:
     Raises:
         Failure: it cannot be read, is no file of weights, or has no layer of ours.
     """
-    found = list(dict.fromkeys(layer for state in _states(_loaded(path)) for layer in _layers(state, path)))
+    held = _loaded(path)
+    states = [each for each in _mappings(held) if any(isinstance(name, str) and _LAYER.match(name) for name in each)]
+    found = list(dict.fromkeys(layer for state in states for layer in _layers(state, path)))
     if not found:
+        if any(_has_lstm(each) for each in _mappings(held)):
+            raise Failure(
+                f"{path} has an nn.LSTM, and no layer of triton_bnlstm: BNLSTM.from_lstm makes one of it, whose "
+                "state_dict to save; or give its sizes by --hidden, --columns and --directions",
+                USAGE,
+            )
         raise Failure(f"{path} has no layer of triton_bnlstm (parameters gamma_hh_l0, weight_hh_l0, …); {_HINT}", USAGE)
     sorts: dict[Layer, Layer] = {}
     for layer in found:  # of equal layers the first names them all
@@ -153,20 +166,35 @@ def _loaded(path: Path) -> Any:
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch has its own hints for archives of scripts
+            saved = _is_saved(file)
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise Failure(f"{path} cannot be read ({error.strerror or error})", USAGE) from None
     except Exception as error:  # what is no torch file raises anything
         told = str(error)
-        if "weights_only" in told or "Weights only" in told:
+        if saved and ("weights_only" in told or "Weights only" in told):
             reason = "it holds objects beside tensors and plain values, which would run code and are not loaded"
         else:
             reason = "it is no file that torch.save has written, or not whole"
         raise Failure(f"{path}: {reason}; {_HINT}", USAGE) from None
 
 
-def _states(held: Any) -> Iterator[Mapping[str, Any]]:
-    """Mappings with a layer of ours, at any depth."""
+def _is_saved(file: IO[bytes]) -> bool:
+    """Whether torch.save may have written it: an archive since torch 1.6, before that pickles behind a number."""
+    head = file.read(64)
+    file.seek(0)
+    archive = zipfile.is_zipfile(file)
+    file.seek(0)
+    return archive or _OLD_MAGIC in head
+
+
+def _has_lstm(state: Mapping[str, Any]) -> bool:
+    """Whether it has weights as nn.LSTM and its kin have."""
+    return any(isinstance(name, str) and name.rpartition(".")[2] == "weight_hh_l0" for name in state)
+
+
+def _mappings(held: Any) -> Iterator[Mapping[str, Any]]:
+    """What is held and is a mapping, at any depth."""
     waiting, seen = [held], set()
     while waiting:
         each = waiting.pop()
@@ -174,8 +202,7 @@ def _states(held: Any) -> Iterator[Mapping[str, Any]]:
             continue
         seen.add(id(each))
         if isinstance(each, Mapping):
-            if any(isinstance(name, str) and _LAYER.match(name) for name in each):
-                yield each
+            yield each
             inner = list(each.values())
         else:
             inner = list(each) if isinstance(each, list | tuple) else []

@@ -8,7 +8,7 @@ import shutil
 import sys
 import textwrap
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +28,12 @@ _FLAGS = {
     "narrow": "one input column",
     "centre": "of the input x",
     "before": "of the states h instead, for the gradient of W_hh",
+}
+_LAYOUT = {
+    "W_hh stays": "on chip through all steps",
+    "stage": "of the pipeline that streams W_hh",
+    "inner": "elements of one product's inner extent",
+    "product": "in how many parts of the inner extent x of the rows the backward divides its product",
 }
 # Where nobody says how wide the screen is: a file, a pipe.
 _WIDTH = 120
@@ -66,8 +72,9 @@ def duration(seconds: float) -> str:
 
 
 def complain(message: str) -> None:
-    """One line on stderr."""
-    print(f"{program()}: {one_line(message)}", file=sys.stderr, flush=True)
+    """One line on stderr, broken where the terminal ends."""
+    line = f"{program()}: {one_line(message)}"
+    print(_filled(line, "  ") if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
 
 
 def one_line(text: str) -> str:
@@ -110,13 +117,22 @@ def time_of(entry: Entry) -> float | None:
     return None if found is None else found.microseconds
 
 
-def gain_of(entry: Entry) -> str:
-    """How much faster than the default its layout is, in words for a table."""
-    if entry.how != MEASURED or time_of(entry) is None:
-        return "not measured"
-    if entry.layout == entry.default:
+def gain_words(gain: float | None, *, is_default: bool) -> str:
+    """How much faster than the default a layout is, for a table."""
+    if is_default:
         return "default"
-    return "-" if entry.gain is None else f"{entry.gain:.2f} x"
+    return "-" if gain is None else f"{gain:.2f} x"
+
+
+def tune_words(entry: Entry | None) -> str:
+    """A command that measures for an entry's sizes."""
+    key = None if entry is None else entry.key
+    if key is None:
+        return f"{program()} tune --hidden 512 --batch 64 --dtype bf16"
+    numbers = "tf32" if key.precision == "tf32" else NUMBERS.get(key.dtype, key.dtype)
+    hidden = key.columns if key.kernel == "moments" else key.hidden
+    more = f"{' --directions 2' * (key.directions == 2)}{' --cell-norm' * ('cell_norm' in key.flags)}"
+    return f"{program()} tune --hidden {hidden} --batch {key.batch} --dtype {numbers}{more}"
 
 
 def date(at: float) -> str:
@@ -173,9 +189,14 @@ def device_heading(identity: Identity, names: set[str]) -> str:
     return f"{identity}" + (f" ({known})" if known else "")
 
 
-def print_text(text: str) -> None:
-    """As many lines on stdout as it takes."""
-    print(textwrap.fill(text, max(40, shutil.get_terminal_size((_WIDTH, 24)).columns)))
+def print_text(text: str, indent: str = "  ") -> None:
+    """As many lines on stdout as it takes. indent: of those after the first."""
+    print(_filled(text, indent))
+
+
+def _filled(text: str, indent: str) -> str:
+    wide = max(40, shutil.get_terminal_size((_WIDTH, 24)).columns)
+    return textwrap.fill(text, wide, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 class Row(NamedTuple):
@@ -192,10 +213,12 @@ class Row(NamedTuple):
     candidates: tuple[tuple[str, str], ...] = ()
 
 
-def legend(keys: Iterable[Key]) -> list[str]:
-    """What a table's flags and buckets mean, as far as these keys have them."""
-    keys = list(keys)
-    lines = []
+def legend(entries: list[Entry]) -> list[str]:
+    """What a table's words mean, as far as these entries have them."""
+    keys = [entry.key for entry in entries]
+    words = [in_words(entry.layout) for entry in entries]
+    told = [f"{name}: {meaning}" for name, meaning in _LAYOUT.items() if any(name in each for each in words)]
+    lines = ["; ".join(told)] if told else []
     flags = {flag for key in keys for flag in key.flags}
     told = [f"{flag}: {words}" for flag, words in _FLAGS.items() if flag in flags]
     if told:

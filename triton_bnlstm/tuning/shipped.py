@@ -31,6 +31,13 @@ def of_device(identity: Identity) -> dict[str, dict[str, Any]]:
         return {}
 
 
+def boards() -> list[Identity]:
+    """The devices that layouts come with the package for."""
+    folder = resources.files(__package__) / "defaults"
+    files = sorted(file.name for file in folder.iterdir() if file.name.endswith(".json"))
+    return [identity for name in files for identity in parse((folder / name).read_text(encoding="utf-8"))]
+
+
 def parse(text: str) -> dict[Identity, dict[str, dict[str, Any]]]:
     """Devices and their entries, of a file that `export` has written.
 

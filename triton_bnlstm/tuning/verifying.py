@@ -15,7 +15,7 @@ from .entry import MEASURED, Entry
 from .machine import Here
 from .screens import DONE, FAILED
 from .tuner import Bench, Unfit
-from .work import Work, in_words
+from .work import in_words
 
 # An entry that takes so much more than the default's time is not worth having.
 _SLOWER = 1.05
@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
 def verify(arguments: argparse.Namespace) -> int:
     """`verify`: look at every entry of the cache, and run those of this device."""
     here = machine.find_any()
-    cache = contents.of_cache(contents.root_of_cache())
+    cache = contents.of_cache(contents.needed_root())
     found = sorted(cache.found, key=contents.by_size)
     if here is not None:
         found = [each for each in found if each.identity.slug == here.identity.slug]
@@ -64,27 +64,30 @@ def verify(arguments: argparse.Namespace) -> int:
             }
         )
         return FAILED if bad else DONE
+    for text in unchecked:
+        screens.print_text(f"Not checked: {text}.")
     for path, why in unreadable:
-        print(f"wrong        {path}: {why}")
+        screens.print_text(f"wrong        {path}: {why}", "             ")
     for each, verdict in zip(found, verdicts, strict=True):
         ratio = "" if verdict.ratio is None else f", {verdict.ratio:.2f} of the default's time"
-        print(f"{verdict.state:<12} {_name(each)}{': ' + verdict.why if verdict.why else ''}{ratio}")
-    for text in unchecked:
-        print(f"Not checked: {text}.")
+        line = f"{verdict.state:<12} {_name(each)}{': ' + verdict.why if verdict.why else ''}{ratio}"
+        screens.print_text(line, "             ")
     left = sum(verdict.state == OPEN for verdict in verdicts)
     print(
         f"{screens.count(len(found), 'entry', 'entries')}, {screens.count(bad, 'problem')}"
         + (f", {left} not checked" if left else "")
         + ("; none was run" if here is None and found else "")
     )
-    if any(each.of_other_code or each.entry is None for each in found):
-        print(f"`{screens.program()} clear --unused` removes what no call uses any more.")
-    stale = sum(each.is_stale and not each.of_other_code for each in found)
+    if unreadable or any(each.of_other_code or each.entry is None for each in found):
+        screens.print_text(f"{contents.remedy()}.")
+    stale = [each for each in found if each.is_stale and not each.of_other_code]
     if stale:
-        were = f"{screens.count(stale, 'entry was', 'entries were')} measured with another Triton, and still used"
-        print(f"{were}: `{screens.program()} tune` measures such anew.")
-    if any(verdict.state == SLOW for verdict in verdicts):
-        print(f"`{screens.program()} tune --force` measures again what is slower than the default.")
+        were = f"{screens.count(len(stale), 'entry was', 'entries were')} measured with another Triton, and still used"
+        screens.print_text(f"{were}. To measure anew, for instance: `{screens.tune_words(stale[0].entry)}`.")
+    slow = [each for each, verdict in zip(found, verdicts, strict=True) if verdict.state == SLOW]
+    if slow:
+        again = f"{screens.tune_words(slow[0].entry)} --force"
+        screens.print_text(f"What is slower than the default is measured again by, for instance: `{again}`.")
     return FAILED if bad else DONE
 
 
@@ -104,25 +107,6 @@ def _not_checked(here: Here | None, found: list[Found]) -> list[str]:
     return told
 
 
-def _work(entry: Entry) -> Work:
-    """What was measured; the largest of its key's sizes where that is not recorded."""
-    largest = Work.of_key(entry.key)
-    sizes = {name: entry.case[name] for name in ("hidden", "batch", "columns") if name in entry.case}
-    if len(sizes) < 3:
-        return largest
-    measured = Work(
-        largest.kernel,
-        sizes["hidden"],
-        sizes["batch"],
-        largest.directions,
-        largest.dtype,
-        largest.precision,
-        largest.flags,
-        sizes["columns"],
-    )
-    return measured if min(sizes.values()) >= 0 and sizes["batch"] and measured.key == entry.key else largest
-
-
 def on_paper(each: Found, here: Here | None) -> Verdict:
     """What can be seen without running anything."""
     if each.entry is None:
@@ -132,11 +116,11 @@ def on_paper(each: Found, here: Here | None) -> Verdict:
     numbers = machine.numbers_of(each.identity) if here is None else here.numbers
     if numbers is None:
         return Verdict(OPEN, "the numbers of its device are not known")
-    reason = space.why_not(numbers, _work(each.entry), each.entry.layout)
+    reason = space.why_not(numbers, contents.work_of(each.entry), each.entry.layout)
     if reason is not None:
         return Verdict(WRONG, f"{in_words(each.entry.layout)} cannot run: {reason}")
     if each.is_slower:
-        return Verdict(SLOW, f"it was slower than the default when it was measured ({each.entry.gain:.2f} x its speed)")
+        return Verdict(SLOW, f"it was slower than the default when it was measured ({each.gain:.2f} x its speed)")
     return Verdict(FITS)
 
 
@@ -146,7 +130,7 @@ def _on_device(each: Found, here: Here, title: str, until: float) -> Verdict:
     assert entry is not None
     if time.monotonic() > until:
         return Verdict(OPEN, "the time was up")
-    work = _work(entry)
+    work = contents.work_of(entry)
     reason = machine.why_not_measured(here.device, work.dtype)
     if reason is not None:
         return Verdict(OPEN, reason)
