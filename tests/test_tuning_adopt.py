@@ -77,7 +77,7 @@ def test_what_is_left_out(tmp_path, folder):
     assert changed == 0
     assert [line.rpartition(": ")[2] for line in left[:2]] == [
         "its kernel's code is another one by now",
-        "it is measured, and does not say on what or how long it took",
+        "it is measured, and does not say on what",
     ]
     assert len(left) == 3
     cpu = record(tmp_path / "cpu.json", entry().as_json(), device=IDENTITY._replace(backend="cpu"))

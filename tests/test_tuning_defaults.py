@@ -125,7 +125,7 @@ def with_other_layout(fields, **changes):
     [
         (lambda fields: fields, None),
         (measured, None),
-        (lambda fields: measured(fields, candidates=()), "does not say on what"),
+        (lambda fields: measured(fields, candidates=()), "does not say how long it took"),
         (lambda fields: {**fields, "how": "guessed"}, "neither modelled nor measured"),
         (lambda fields: {**fields, "key": {**fields["key"], "batch": 32}}, "its key is backward bfloat16 H1024 B32"),
         (lambda fields: with_other_layout(fields, warps=4), "does not say why"),

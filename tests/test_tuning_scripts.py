@@ -1,4 +1,4 @@
-"""What scripts and administrators rely on: exit codes, JSON of what fails, and caches that are not as they should be."""
+"""What scripts and administrators rely on: exit codes, JSON of what fails, caches that are not as they should be."""
 
 from __future__ import annotations
 

@@ -108,10 +108,12 @@ class Entry:
 
         Each was measured by turns with the default of then, whose time takes the rounds' differences out.
         """
+        best, known = self.candidate(self.layout), self.candidate(other)
+        if best is None or best.microseconds is None:
+            return None
         if other == self.layout:
             return 1.0
-        best, known = self.candidate(self.layout), self.candidate(other)
-        if best is None or best.microseconds is None or best.standard is None:
+        if best.standard is None:
             return None
         if other == self.default:
             return best.standard / best.microseconds

@@ -60,7 +60,8 @@ def find(name: str | None = None) -> Here:
     if device.type != "cuda":
         raise Failure(f"--device: kernels are measured on a GPU, not on {device.type}; write cuda:0", USAGE)
     if not torch.cuda.is_available():
-        raise Failure(why_none(), NO_DEVICE)
+        more = "`doctor` tells more, and `tune --dry-run --architecture sm90` plans without one"
+        raise Failure(f"no device to measure on: {why_none()}; {more}", NO_DEVICE)
     index = torch.cuda.current_device() if device.index is None else device.index
     there = torch.cuda.device_count()
     if index >= there:
@@ -81,7 +82,7 @@ def why_none() -> str:
         reason = "CUDA_VISIBLE_DEVICES hides all GPUs: unset it"
     else:
         reason = "torch sees no GPU: is there one, with a driver that this torch can use?"
-    return f"no device to measure on: {reason}; `doctor` tells more, `tune --dry-run --architecture sm90` plans"
+    return reason
 
 
 def numbers_named(architecture: str) -> Device:
