@@ -165,6 +165,21 @@ def test_clear_looks_at_what_others_have_written_meanwhile(capsys, root, monkeyp
     assert Store(Identity.of(H100), root).get(FORWARD.key) == made()
 
 
+def test_clear_leaves_what_has_been_mended_meanwhile(capsys, root, monkeypatch):
+    path = broken(root)
+    real = clearing._carry_out
+
+    def carry_out(plan, cache, arguments):
+        path.unlink()
+        put(root, made())
+        return real(plan, cache, arguments)
+
+    monkeypatch.setattr(clearing, "_carry_out", carry_out)
+    code, told = run_json(capsys, "clear", "--unused")
+    assert (code, [Path(file).name for file in told["files"]]) == (DONE, ["moments.json.corrupt-20250101-000000-1"])
+    assert Store(Identity.of(H100), root).get(FORWARD.key) == made()
+
+
 def test_a_dry_run_of_clear(capsys, root):
     put(root, made(), made(BACKWARD))
     put(root, made(device=A100), device=A100)

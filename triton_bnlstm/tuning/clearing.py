@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,12 +137,18 @@ def _carry_out(plan: _Plan, cache: Contents, arguments: argparse.Namespace) -> _
     for path, going in plan.entries.items():
         with _noting(path, done):
             done.entries += _removed(path, going, cache, arguments)
-    for path in (*plan.broken, *plan.aside):
-        with _noting(path, done), locked(path) if path in plan.broken else nullcontext():
+    for path in plan.broken:
+        with _noting(path, done), locked(path):
+            if contents.is_of_use(path):  # by now: somebody has put another in its place
+                continue
             if path.is_dir():
                 path.rmdir()
             else:
                 path.unlink(missing_ok=True)
+            done.files.append(path)
+    for path in plan.aside:
+        with _noting(path, done):
+            path.unlink(missing_ok=True)
             done.files.append(path)
     for folder in plan.swept:
         done.files += _sweep(folder)

@@ -179,12 +179,8 @@ def _look_into(folder: Path, contents: Contents) -> None:
     for kernel in KERNELS:
         path = folder / f"{kernel}.json"
         try:
-            entries = read_file(path)
-            identity = Identity.of_json(json.loads(path.read_bytes())["device"])
+            identity, entries = _of_file(path)
         except FileNotFoundError:
-            continue
-        except KeyError:
-            contents.unreadable.append((path, "it names no device"))
             continue
         except OSError as error:
             contents.unreadable.append((path, f"it cannot be read ({error.strerror or error})"))
@@ -192,11 +188,34 @@ def _look_into(folder: Path, contents: Contents) -> None:
         except ValueError as error:
             contents.unreadable.append((path, str(error)))
             continue
-        if identity.slug != folder.name:
-            contents.unreadable.append((path, f"it is of another device ({identity.slug}) than its folder"))
-            continue
         contents.folders[folder] = identity
         contents.found += [found_of(identity, kernel, text, CACHE, raw) for text, raw in entries.items()]
+
+
+def _of_file(path: Path) -> tuple[Identity, Raw]:
+    """Whose a file is, and its entries.
+
+    Raises:
+        ValueError: it is not one of ours, or not of its folder's device.
+        OSError: it cannot be read.
+    """
+    entries = read_file(path)
+    held = json.loads(path.read_bytes())
+    if "device" not in held:
+        raise ValueError("it names no device")
+    identity = Identity.of_json(held["device"])
+    if identity.slug != path.parent.name:
+        raise ValueError(f"it is of another device ({identity.slug}) than its folder")
+    return identity, entries
+
+
+def is_of_use(path: Path) -> bool:
+    """Whether a file of the cache can be read, and is its folder's."""
+    try:
+        _of_file(path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def of_slug(name: str) -> Identity | None:
