@@ -74,6 +74,9 @@ def test_what_costs_more():
 def test_a_program_alone_meets_nobody():
     alone = replace(STREAMED, units=32, batch_tile=16)
     assert seconds(alone, hidden=32, batch=16) < seconds(replace(alone, sequence=False), hidden=32, batch=16) - 1e-6
+    # nor do several tiles of the batch meet, each with its own recurrence
+    many = seconds(alone, "inference", hidden=32, batch=64)
+    assert many == seconds(alone, "inference", hidden=32, batch=16)
     back = BackwardConfig(True, 32, 16, 64, False, 4, 1)
     assert seconds(back, "backward", 32, 16) < seconds(replace(back, sequence=False), "backward", 32, 16) - 1e-6
 

@@ -138,12 +138,12 @@ def forward_seconds(
     """
     rows = min(batch, layout.batch_tile) if split_batch else batch
     tiles = math.ceil(rows / layout.batch_tile)
-    programs = directions * math.ceil(batch / rows) * math.ceil(hidden / layout.units)
+    ways = math.ceil(hidden / layout.units)  # programs that meet
     moved = rows * hidden * size + (0 if layout.resident else tiles * layout.product_rows * hidden * size)
     step = Step(
         "inference" if split_batch else "forward",
-        programs,
-        int(programs > directions or not layout.sequence),
+        directions * math.ceil(batch / rows) * ways,
+        int(ways > 1 or not layout.sequence),
         moved,
         tiles * math.ceil(hidden / layout.inner),
         layout.product_rows * rows * hidden,

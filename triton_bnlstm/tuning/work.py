@@ -31,7 +31,7 @@ Layout = Config | MomentsConfig | SaveConfig
 # "save" is no kernel but a training step of several: whether its forward keeps what its backward needs.
 KERNELS = ("forward", "backward", "inference", "moments", "save")
 # Compiled into a kernel, of each: cell norm; x is one column; unequal lengths leave seats, which the population takes;
-# rows that are not live are written too; a step's rows are the states before it; deviations are written.
+# rows that are not live are written too; a step's rows are the states before it; rows less their mean are written.
 FLAGS = {
     "forward": ("cell_norm", "narrow", "seats"),
     "backward": ("cell_norm", "fill", "narrow"),
