@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -286,6 +287,24 @@ def test_ranks_agree_where_what_is_known_does_not_fit(group):
     choice.store_of(H100).put(entry(large, layout=replace(narrow, units=16, warps=8)))  # which would fit both
     ensure(large, make=nobody)
     assert [choice.choose(H100, work).layout for work in (large, small)] == theirs
+
+
+NOTHING = ranks.Answer(None)
+
+
+def test_other_ranks_wait_as_long_as_rank_0_may_take(group, monkeypatch):
+    """Who may first wait for another process that measures the same."""
+    asked, locks = [], []
+    monkeypatch.setattr(
+        ranks.Answers, "wait", lambda self, name, work, identity, seconds: asked.append(seconds) or NOTHING
+    )
+    monkeypatch.setattr(online, "locked", lambda path, seconds: locks.append(seconds) or nullcontext())
+    monkeypatch.setenv("TRITON_BNLSTM_AUTOTUNE_SECONDS", "300")
+    group(1)
+    ensure(make=nobody)
+    group(0)
+    ensure()
+    assert asked == [locks[0] + 300]
 
 
 def test_threads_of_rank_0_answer_once(group):

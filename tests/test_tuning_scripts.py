@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +80,22 @@ def test_without_a_folder_every_command_says_why(capsys, monkeypatch, tmp_path, 
     assert (code, "TRITON_BNLSTM_CACHE_DIR=~nobody-of-that-name/cache names" in words(out + err)) == (FAILED, True)
     code, told = run_json(capsys, *arguments)
     assert (code, "names a home folder" in json.dumps(told)) == (FAILED, True)
+
+
+@pytest.mark.parametrize("name", ["full", "closed"])
+def test_a_failure_where_nothing_can_be_written(name):
+    """No traceback, and the failure's own code."""
+    code = "import sys\nif 'closed' in sys.argv: sys.stdout = None\nfrom triton_bnlstm.tuning import commands\n"
+    code += "sys.exit(commands.main(['clear', '--json']))"
+    with open("/dev/full" if name == "full" else os.devnull, "w") as out:
+        command = [sys.executable, "-c", code, name]
+        ran = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (ran.returncode, "Traceback" in ran.stderr) == (USAGE, False)
+
+
+def test_options_are_written_in_full(capsys):
+    """Else a script could ask for JSON, and a failure would not know."""
+    assert run(capsys, "doctor", "--jso")[0] == USAGE
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:zz", "cpu"])
@@ -178,6 +196,32 @@ def test_clear_leaves_what_has_been_mended_meanwhile(capsys, root, monkeypatch):
     code, told = run_json(capsys, "clear", "--unused")
     assert (code, [Path(file).name for file in told["files"]]) == (DONE, ["moments.json.corrupt-20250101-000000-1"])
     assert Store(Identity.of(H100), root).get(FORWARD.key) == made()
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read anything")
+def test_what_may_be_all_right_is_not_of_no_use(capsys, root):
+    """Another user's file, say, in a folder that is everybody's."""
+    check_out_of_reach(capsys, root, lambda path: path.chmod(0))
+
+
+def test_what_is_no_file_is_not_removed_as_of_no_use(capsys, root):
+    def make(path):
+        path.unlink()
+        path.mkdir()
+
+    check_out_of_reach(capsys, root, make)
+
+
+def check_out_of_reach(capsys, root, make):
+    put(root, made(), made(BACKWARD))
+    path = folder_of(root) / "forward.json"
+    make(path)
+    code, out, _ = run(capsys, "show")
+    assert (code, "cannot be used: " in words(out), "clear --unused" in words(out)) == (FAILED, True, False)
+    code, _, err = run(capsys, "clear", "--unused")
+    assert (code, "forward.json could not be changed (it cannot be read" in err, path.exists()) == (FAILED, True, True)
+    assert run(capsys, "clear", "--all")[0] == DONE
+    assert not path.exists()
 
 
 def test_a_dry_run_of_clear(capsys, root):
@@ -335,6 +379,67 @@ def test_import_takes_all_files_of_a_folder(capsys, root, tmp_path):
     assert run_json(capsys, "import", str(folder))[1]["new"] == 2
     (tmp_path / "empty").mkdir()
     assert run(capsys, "import", str(tmp_path / "empty"))[0] == USAGE
+
+
+def test_what_was_exported_is_there_already(capsys, root, tmp_path):
+    """It lacks candidates."""
+    put(root, made())
+    file = tmp_path / "tuned.json"
+    assert run(capsys, "export", "--out", str(file))[0] == DONE
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # as some editors save it
+    code, told = run_json(capsys, "import", str(file))
+    assert (code, told["new"], told["already_there"]) == (DONE, 0, 1)
+
+
+def test_import_of_a_device_that_shares_a_folders_name(capsys, root, tmp_path):
+    """Nothing of one's own is set aside for it."""
+    put(root, made())
+    nearly = Identity.of(H100)._replace(shared=Identity.of(H100).shared + 1)
+    file = tmp_path / "tuned.json"
+    file.write_text(shipped.text_of({nearly: {str(made().key): made(us=2.0).as_json()}}))
+    code, _, err = run(capsys, "import", str(file))
+    assert (code, "names no device" in err) == (FAILED, True)
+    assert contents.of_cache(root).found[0].entry == made()
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_export_writes_where_it_is_sent(capsys, root, tmp_path, kind):
+    """Not in the place of what is there: a device such as /dev/null above all."""
+    put(root, made())
+    there, target = tmp_path / "there", tmp_path / "target"
+    if kind == "link":
+        target.write_text("old")
+        there.symlink_to(target)
+        assert run(capsys, "export", "--out", str(there))[0] == DONE
+        assert there.is_symlink()
+        assert shipped.parse(target.read_text())
+        return
+    os.mkfifo(there)
+    reader = os.open(there, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert run(capsys, "export", "--out", str(there))[0] == DONE
+        assert not there.is_file()
+        assert shipped.parse(os.read(reader, 1 << 20).decode())
+    finally:
+        os.close(reader)
+
+
+@pytest.mark.parametrize("change", [{"hidden": 0}, {"batch": 0}, {"directions": 3}])
+def test_a_key_of_no_size_is_of_no_use(capsys, root, change):
+    put(root, made(BACKWARD))
+    path = folder_of(root) / "backward.json"
+    held = json.loads(path.read_text())
+    (entry,) = held["entries"].values()
+    entry["key"] |= change
+    path.write_text(json.dumps(held))
+    (name,) = change
+    assert f"! not used: {name}: {change[name]} is no size" in words(run(capsys, "show")[1])
+    assert run(capsys, "verify", "--json")[0] == FAILED
+
+
+def test_numbers_of_devices_that_cannot_be():
+    assert machine.numbers_of(Identity("cuda", "gfx942", 304, 65536)) is None
+    assert machine.numbers_of(Identity("hip", "sm90", 132, 232448)) is None
 
 
 def test_a_measured_entry_without_a_time_is_of_no_use(capsys, root, tmp_path):

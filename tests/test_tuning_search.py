@@ -227,6 +227,14 @@ def test_why_a_layout_cannot_run(change, why):
     assert (found is None) if why is None else (why in (found or ""))
 
 
+def test_programs_that_hold_a_recurrence_each_need_not_meet():
+    many = Work("inference", 16, 200_000, 1, torch.bfloat16)
+    alone = Config(sequence=True, units=16, batch_tile=64, inner=16, resident=False, warps=4, stages=2)
+    assert space.programs(many, alone) > H100.resident_programs(0, 1, 4)
+    assert space.why_not(H100, many, alone) is None
+    assert "have to run at the same time" in space.why_not(H100, many, replace(alone, units=8))
+
+
 def test_why_moments_cannot_run():
     work = Work.of_moments(512, 64, 1, torch.bfloat16, centre=True)
     assert space.why_not(H100, work, MomentsConfig(64, 64, 32)) is None

@@ -23,6 +23,7 @@ class _Plan:
 
     entries: dict[Path, list[Found]] = field(default_factory=dict)
     broken: list[Path] = field(default_factory=list)
+    denied: dict[Path, str] = field(default_factory=dict)  # may be all right
     aside: list[Path] = field(default_factory=list)
     left_behind: list[Path] = field(default_factory=list)
     swept: list[Path] = field(default_factory=list)
@@ -100,11 +101,16 @@ def _plan(cache: Contents, identity: Identity | None, arguments: argparse.Namesp
     if arguments.stale:
         return plan
     plan.broken = [path for path, _ in cache.unreadable if path.parent in folders and path.stem in kernels]
+    out_of_reach = {p: why for p, why in cache.out_of_reach if p.parent in folders and p.stem in kernels}
+    if whole:
+        plan.broken += out_of_reach
+    else:
+        plan.denied = out_of_reach
     aside = [path for path in cache.aside if path.parent in folders]
     plan.aside = [path for path in aside if path.name.partition(".")[0] in kernels]
     if arguments.all and not arguments.kernel:
         plan.swept = folders
-        plan.left_behind = [path for folder in folders for path in sorted(folder.glob(".*.tmp"))]
+        plan.left_behind = [path for folder in folders for path in _abandoned(folder)]
     return plan
 
 
@@ -133,7 +139,7 @@ def _tell_plan(plan: _Plan, root: Path, arguments: argparse.Namespace) -> int:
 
 
 def _carry_out(plan: _Plan, cache: Contents, arguments: argparse.Namespace) -> _Done:
-    done = _Done()
+    done = _Done(failed=dict(plan.denied))
     for path, going in plan.entries.items():
         with _noting(path, done):
             done.entries += _removed(path, going, cache, arguments)
@@ -180,6 +186,11 @@ def _removed(path: Path, going: list[Found], cache: Contents, arguments: argpars
     return sum(gone)
 
 
+def _abandoned(folder: Path, kernel: str = "*") -> list[Path]:
+    """Temporary files of writers that were killed, or are at work."""
+    return sorted(folder.glob(f".{kernel}.json.*.tmp"))
+
+
 def _sweep(folder: Path) -> list[Path]:
     """Remove temporary and empty files of a device that no other process is at work on. Which temporary ones.
 
@@ -190,10 +201,10 @@ def _sweep(folder: Path) -> list[Path]:
     removed = []
     for kernel in KERNELS:
         path = folder / f"{kernel}.json"
-        if not path.exists() and not list(folder.glob(f".{path.name}.*.tmp")):
+        if not path.exists() and not _abandoned(folder, kernel):
             continue
         with suppress(OSError, ValueError), locked(path, 0):
-            for abandoned in folder.glob(f".{path.name}.*.tmp"):  # whoever writes holds the lock
+            for abandoned in _abandoned(folder, kernel):  # whoever writes holds the lock
                 abandoned.unlink()
                 removed.append(abandoned)
             if not read_file(path):

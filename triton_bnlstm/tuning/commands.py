@@ -59,7 +59,7 @@ _OF_COMMAND = {
 def _epilog(examples: tuple[str, ...], codes: tuple[int, ...]) -> str:
     lines = ["examples:" if len(examples) > 1 else "example:", *(f"  {screens.program()} {each}" for each in examples)]
     lines += ["", "exit codes:", *(f"  {code:<3}  {_CODES[code]}" for code in codes)]
-    lines += ["", 'with --json a failure is {"error": ..., "exit_code": ...} on stdout, too'] * (len(examples) > 0)
+    lines += ["", 'with --json a command that ends early prints {"error": ..., "exit_code": ...}']
     return "\n".join(lines)
 
 
@@ -77,6 +77,9 @@ class _Help(argparse.HelpFormatter):
 
 class _Parser(argparse.ArgumentParser):
     """Whose errors are told as all others are, in JSON where that is asked for."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
@@ -280,7 +283,8 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             asked = parser().parse_args(arguments)
             code = int(asked.run(asked))
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except SystemExit as end:  # argparse's own, of --help
             return end.code if isinstance(end.code, int) else USAGE
         except Failure as failure:
@@ -290,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
         except BrokenPipeError:
             _close_quietly()
             return DONE
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, ArithmeticError, TypeError, LookupError) as error:
             return _failed(f"{type(error).__name__}: {error}", FAILED, arguments)
     return code
 
@@ -299,7 +303,12 @@ def _failed(message: str, code: int, arguments: list[str] | None) -> int:
     """Say why a command has failed, for scripts, too. The exit code."""
     screens.complain(message)
     if "--json" in (sys.argv[1:] if arguments is None else arguments):
-        screens.write_json({"error": screens.one_line(message), "exit_code": code})
+        try:
+            screens.write_json({"error": screens.one_line(message), "exit_code": code})
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:  # nobody reads it, or there is no room for it
+            _close_quietly()
     return code
 
 
@@ -309,5 +318,5 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _close_quietly() -> None:
     """Nobody reads stdout any more: Python's own flush at the end must not complain."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -94,6 +94,7 @@ class Contents:
         root: its folder; None: nobody knows one.
         found: entries.
         unreadable: files that are not ours or not whole, and why.
+        out_of_reach: files that could not be looked into, and why: they may be all right.
         aside: files that were set aside as such.
         folders: devices' folders; None where the name does not say whose.
     """
@@ -101,8 +102,15 @@ class Contents:
     root: Path | None
     found: list[Found] = field(default_factory=list)
     unreadable: list[tuple[Path, str]] = field(default_factory=list)
+    out_of_reach: list[tuple[Path, str]] = field(default_factory=list)
     aside: list[Path] = field(default_factory=list)
     folders: dict[Path, Identity | None] = field(default_factory=dict)
+
+    @property
+    def faulty(self) -> list[tuple[Path, str, str]]:
+        """Files that tell nothing, why, and what to do about it, if that is known."""
+        told = [(path, why, f"; {remedy()}") for path, why in self.unreadable]
+        return told + [(path, why, "") for path, why in self.out_of_reach]
 
 
 def root_of_cache() -> Path | None:
@@ -183,7 +191,7 @@ def _look_into(folder: Path, contents: Contents) -> None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            contents.unreadable.append((path, f"it cannot be read ({error.strerror or error})"))
+            contents.out_of_reach.append((path, f"it cannot be read ({error.strerror or error})"))
             continue
         except ValueError as error:
             contents.unreadable.append((path, str(error)))
@@ -204,8 +212,8 @@ def _of_file(path: Path) -> tuple[Identity, Raw]:
     if "device" not in held:
         raise ValueError("it names no device")
     identity = Identity.of_json(held["device"])
-    if identity.slug != path.parent.name:
-        raise ValueError(f"it is of another device ({identity.slug}) than its folder")
+    if of_slug(path.parent.name) != identity:
+        raise ValueError(f"it is of another device ({identity}) than its folder")
     return identity, entries
 
 

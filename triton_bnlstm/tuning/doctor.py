@@ -143,9 +143,8 @@ def _cache(devices: list[Here], problems: list[str]) -> dict[str, Any]:
     # A folder that others have filled and this user may only read is a way to share it, not a fault.
     problems += [reason for place, reason in wrong if not _is_read_only(place)]
     read_only = bool(wrong) and all(_is_read_only(place) for place, _ in wrong)
-    for path, why in cache.unreadable:
-        next_use = "" if read_only else "the next use sets it aside, and "
-        problems.append(f"{path} cannot be used: {why}; {next_use}{contents.remedy()}")
+    for path, why, what_to_do in cache.faulty:
+        problems.append(f"{path} cannot be used: {why}{'' if read_only else what_to_do}")
     ours = {here.identity.slug for here in devices}
     return {
         "folder": str(root.absolute()),

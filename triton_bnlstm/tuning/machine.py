@@ -142,7 +142,7 @@ def is_settled(work: Work, numbers: Device, known: Entry | None) -> bool:
 def numbers_of(identity: Identity) -> Device | None:
     """The numbers of a device that need not be here; None where nobody has written them down."""
     known = _MULTIPROCESSORS.get(identity.architecture)
-    if known is None or identity.backend not in ("cuda", "hip"):
+    if known is None or identity.backend != ("cuda" if identity.architecture.startswith("sm") else "hip"):
         return None
     shared, threads = known
     if identity.backend == "hip":

@@ -192,7 +192,9 @@ def _decide(question: _Question, work: Work, device: torch.device, make: MakeBen
         return False
     if group is not None and rank is not None and rank > 0:
         identity = Identity.of(numbers)
-        answer = ranks.Answers.of(group).wait(question.name, work, identity, seconds_allowed())
+        # rank 0 may first wait for another process that measures the same, see `_alone`
+        longest = _lock_seconds(seconds_allowed()) + seconds_allowed()
+        answer = ranks.Answers.of(group).wait(question.name, work, identity, longest)
         if answer.layout is not None:
             known = choice.choose(numbers, work)
             entry = known.entry if known.layout == answer.layout else None
@@ -274,7 +276,12 @@ def _alone(store: Store, work: Work, seconds: float) -> AbstractContextManager[N
         return nullcontext()
     (store.folder / "measuring").mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(str(work.key).encode()).hexdigest()[:16]
-    return locked(store.folder / "measuring" / name, 2 * seconds + 30)
+    return locked(store.folder / "measuring" / name, _lock_seconds(seconds))
+
+
+def _lock_seconds(seconds: float) -> float:
+    """How long to wait for another process to measure the same. seconds: its time cap."""
+    return 2 * seconds + 30
 
 
 def tune_work(

@@ -169,7 +169,7 @@ class Answers:
             name: of the question.
             work: what it is about.
             identity: of this rank's device.
-            seconds: the time cap of rank 0's tuning.
+            seconds: the longest that rank 0's tuning takes.
             clock, sleep: the time that passes.
 
         Raises:

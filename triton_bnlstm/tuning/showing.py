@@ -39,20 +39,20 @@ def show(arguments: argparse.Namespace) -> int:
         found = [each for each in found if each.kernel in arguments.kernel]
     found = contents.of_architectures(found, arguments.architecture, [*cache.found, *package])
     found.sort(key=contents.by_size)
-    code = FAILED if cache.unreadable or root is None else DONE
+    code = FAILED if cache.faulty or root is None else DONE
     if arguments.json:
         screens.write_json(
             {
                 "cache": None if root is None else str(root.absolute()),
                 "why_no_cache": contents.why_no_cache() if root is None else None,
                 "entries": [_as_json(each, hidden, arguments.candidates) for each in found],
-                "unreadable": [{"file": str(path), "why": why} for path, why in cache.unreadable],
+                "unreadable": [{"file": str(path), "why": why} for path, why, _ in cache.faulty],
                 "set_aside": [str(path) for path in cache.aside],
             }
         )
         return code
-    for path, why in cache.unreadable:
-        screens.print_text(f"cannot be used: {path}: {why}; {contents.remedy()}")
+    for path, why, what_to_do in cache.faulty:
+        screens.print_text(f"cannot be used: {path}: {why}{what_to_do}")
     for identity, group in groupby(found, key=lambda each: each.identity):
         _print_device(identity, list(group), hidden, candidates=arguments.candidates)
     _print_rest(_Listed(found, cache, package), arguments)
@@ -137,7 +137,7 @@ def _print_rest(listed: _Listed, arguments: argparse.Namespace) -> None:
     if any(each.measured for each in found):
         screens.print_text(
             f"{screens.micro()} of a step, for moments of a call; gain: how many times as fast as the default, "
-            '"-" where today\'s default was not measured'
+            '"-" where that was not measured'
         )
     for line in screens.legend([each.entry for each in found if each.entry is not None]):
         screens.print_text(line)

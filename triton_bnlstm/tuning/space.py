@@ -110,7 +110,8 @@ def why_not(device: Device, work: Work, layout: Layout) -> str | None:
             return "sequence mode needs compute capability 7.0"
         there = programs(work, layout)
         together = device.resident_programs(0, 1, layout.warps)
-        if there > together and there > work.directions:
+        alone = layout.units >= work.hidden and not (isinstance(layout, BackwardConfig) and layout.divided)
+        if there > together and not alone:
             return f"{there} programs have to run at the same time, and {together} can at most"
     if not layout.resident and device.backend != "cpu":
         # one stage at least is on its way through registers

@@ -47,24 +47,33 @@ def export(arguments: argparse.Namespace) -> int:
         sys.stdout.write(text)
     else:
         try:
-            replace_text(arguments.out, text)
+            _write(arguments.out, text)
         except OSError as error:
             raise Failure(f"{arguments.out} cannot be written ({error.strerror or error})") from None
     stale = sum(each.is_stale for each in good)
     if stale:
         were = f"{screens.count(stale, 'entry was', 'entries were')} measured with another Triton than there is here"
         screens.complain(f"{were}: they are used all the same, and tuned again on request")
-    for path, why in cache.unreadable:
-        screens.complain(f"not exported: {path}: {why}; {contents.remedy()}")
+    for path, why, what_to_do in cache.faulty:
+        screens.complain(f"not exported: {path}: {why}{what_to_do}")
     if arguments.json:
         found = {"file": str(arguments.out.absolute()), "entries": len(good), "left_out": len(slower), "stale": stale}
-        unreadable = [{"file": str(path), "why": why} for path, why in cache.unreadable]
+        unreadable = [{"file": str(path), "why": why} for path, why, _ in cache.faulty]
         slugs = [identity.slug for identity in devices]
         screens.write_json({**found, "devices": slugs, "unreadable": unreadable})
     elif arguments.out is not None:
         there = screens.count(len(devices), "device")
         screens.print_text(f"{arguments.out}: {screens.count(len(good), 'entry', 'entries')} of {there}")
-    return FAILED if cache.unreadable else DONE
+    return FAILED if cache.faulty else DONE
+
+
+def _write(path: Path, text: str) -> None:
+    """A file is replaced as a whole, the one that a link leads to; what is no file is written to."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        replace_text(path, text)
 
 
 def _exported(found: list[Found], package: list[Found], arguments: argparse.Namespace) -> list[Found]:
@@ -121,7 +130,7 @@ def take(arguments: argparse.Namespace) -> int:
         for path, devices in held:
             skipped = taken.skipped.setdefault(path, Counter())
             for identity, entries in devices.items():
-                if contents.of_slug(identity.slug) is None:  # a folder is named by it
+                if contents.of_slug(identity.slug) != identity:  # a folder is named by it, and must be its own
                     skipped[f"for {identity.slug!r}, which names no device"] += len(entries)
                     continue
                 for text, raw in entries.items():
@@ -152,7 +161,7 @@ def _files(paths: list[Path]) -> list[Path]:
 
 def _read(path: Path) -> dict[Identity, Raw]:
     try:
-        return shipped.parse(path.read_text(encoding="utf-8"))
+        return shipped.parse(path.read_text(encoding="utf-8-sig"))  # editors may have put a mark before it
     except OSError as error:
         raise Failure(f"{path} cannot be read ({error.strerror or error})", USAGE) from None
     except (ValueError, RecursionError) as error:
@@ -181,7 +190,7 @@ def _take_one(entry: Entry, store: Store, taken: _Taken) -> None:
         return
     taken.devices.add(store.identity)
     kept = store.get(entry.key)
-    if before == entry:
+    if before is not None and _same(before, entry):
         taken.same += 1
     elif kept is not None and kept.as_json()["at"] == entry.as_json()["at"]:
         taken.new += 1
@@ -189,6 +198,11 @@ def _take_one(entry: Entry, store: Store, taken: _Taken) -> None:
         taken.older += 1
     else:
         taken.undated += 1
+
+
+def _same(known: Entry, new: Entry) -> bool:
+    """Whether it is the same measurement; what was exported may lack candidates."""
+    return (known.layout, known.as_json()["at"], known.by) == (new.layout, new.as_json()["at"], new.by)
 
 
 def _as_json(taken: _Taken, root: Path) -> dict[str, Any]:

@@ -52,6 +52,8 @@ def tune(arguments: argparse.Namespace) -> int:
     layers = models.layers_asked(arguments)
     if arguments.architecture is not None and not arguments.dry_run:
         raise Failure("--architecture is for --dry-run: layouts are measured on the device that is here", USAGE)
+    if arguments.architecture is not None and arguments.device is not None:
+        raise Failure("--device is a GPU that is here, --architecture one that need not be: give one", USAGE)
     if any(layer.numbers == "fp32" for layer in layers):
         print(_FLOAT32, file=sys.stderr)
     if arguments.architecture is not None:  # somewhere else
@@ -127,6 +129,8 @@ def _tune_all(plan: _Plan, here: Here, store: Store, seconds: float, arguments: 
                 line = told.pop("line")
                 if not arguments.json:
                     print(line, flush=True)
+            except BrokenPipeError:  # nobody reads the lines any more
+                raise
             except (RuntimeError, ValueError, OSError, Failure) as error:  # TuningError, or what else is in the way
                 text = screens.one_line(str(error)).removeprefix(f"{work.key}: ")
                 screens.complain(f"{name}: {text}")

@@ -48,7 +48,7 @@ def verify(arguments: argparse.Namespace) -> int:
             verdict = _on_device(each, here, title, until)
         verdicts.append(verdict)
     unreadable = [
-        (path, why) for path, why in cache.unreadable if here is None or path.parent.name == here.identity.slug
+        (path, why) for path, why, _ in cache.faulty if here is None or path.parent.name == here.identity.slug
     ]
     bad = sum(verdict.state in (WRONG, SLOW) for verdict in verdicts) + len(unreadable)
     unchecked = _not_checked(here, found)
@@ -78,7 +78,7 @@ def verify(arguments: argparse.Namespace) -> int:
         + (f", {left} not checked" if left else "")
         + ("; none was run" if here is None and found else "")
     )
-    if unreadable or any(each.of_other_code or each.entry is None for each in found):
+    if cache.unreadable or any(each.of_other_code or each.entry is None for each in found):
         screens.print_text(f"{contents.remedy()}.")
     stale = [each for each in found if each.is_stale and not each.of_other_code]
     if stale:

@@ -213,8 +213,10 @@ def key_of_json(fields: Any) -> Key:
     for name, allowed in (("dtype", ("bfloat16", "float16", "float32")), ("precision", ("ieee", "tf32"))):
         if fields[name] not in allowed:
             raise ValueError(f"{name}: {fields[name]!r} is none of {allowed}")
-    for name in ("directions", "hidden", "batch", "columns"):
-        if type(fields[name]) is not int or not 0 <= fields[name] < 1 << 31:
+    least = {"directions": 1, "batch": 1, "hidden": 0, "columns": 0}
+    least["columns" if fields["kernel"] == "moments" else "hidden"] = 1
+    for name, lowest in least.items():
+        if type(fields[name]) is not int or not lowest <= fields[name] < (3 if name == "directions" else 1 << 31):
             raise ValueError(f"{name}: {fields[name]!r} is no size")
     values = {name: fields[name] for name in Key._fields}
     return Key(**{**values, "flags": tuple(sorted(flags))})
