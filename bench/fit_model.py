@@ -104,23 +104,57 @@ def fitted(timed: list[Timed], tries: int = 4) -> model.Rates:
         model.RATES = present
 
 
-def behind(timed: list[Timed]) -> dict[str, float]:
-    """By how much the layout that the model puts first is slower than the fastest that was measured, by entry."""
-    found: dict[str, float] = {}
+class Order(NamedTuple):
+    """What the model makes of the layouts that were measured for one key.
+
+    layouts: how many. behind: time of the one that it puts first over the fastest's. default: whether the layout that
+    users get without tuning is one of them.
+    """
+
+    layouts: int
+    behind: float
+    default: bool
+
+
+def orders(timed: list[Timed]) -> dict[str, Order]:
+    """How the model orders what was measured, by entry. It was fitted to these very times."""
+    found: dict[str, Order] = {}
     for name in dict.fromkeys(each.name for each in timed):
         of = [each for each in timed if each.name == name]
         first = min(of, key=lambda each: space.modelled_seconds(each.device, each.work, each.layout))
-        found[name] = first.microseconds / min(each.microseconds for each in of)
+        default = space.analytic(of[0].device, of[0].work)
+        ratio = first.microseconds / min(each.microseconds for each in of)
+        found[name] = Order(len(of), ratio, any(each.layout == default for each in of))
     return found
+
+
+def held_out(timed: list[Timed]) -> dict[int, float]:
+    """Root mean square of the errors at one H, with rates that were fitted to all others."""
+    present, found = model.RATES, {}
+    for hidden in sorted({each.work.hidden for each in timed}):
+        try:
+            model.RATES = fitted([each for each in timed if each.work.hidden != hidden], tries=1)
+            found[hidden] = _root([each for each in timed if each.work.hidden == hidden])
+        finally:
+            model.RATES = present
+    return found
+
+
+def _root(timed: list[Timed]) -> float:
+    return math.sqrt(np.mean(np.square(errors(timed))))
 
 
 def main() -> None:
     """Fit and print."""
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m bench.fit_model",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
+    )
+    parser.add_argument(
+        "--held-out", action="store_true", help="also fit without each H, and tell the errors there (two minutes)"
+    )
+    arguments = parser.parse_args()
     console, timed = Console(highlight=False), measured()
     if not timed:
         raise SystemExit("nothing was measured yet: run a campaign on a GPU, then python -m bench.report")
@@ -133,13 +167,16 @@ def main() -> None:
     console.print(table)
     for where, rates in (("in the model", present), ("fitted", found)):
         model.RATES = rates
-        root = math.sqrt(np.mean(np.square(errors(timed))))
-        console.print(f"root mean square of the errors, {where}: {100 * root:.1f} %")
+        console.print(f"root mean square of the errors, {where}: {100 * _root(timed):.1f} %")
     model.RATES = present
-    choices = Table("kernel and size", "choice / fastest", title="The model's choice against the fastest measured")
-    for name, ratio in behind(timed).items():
-        choices.add_row(name, f"{ratio:.2f}")
-    console.print(choices)
+    if arguments.held_out:
+        for hidden, root in held_out(timed).items():
+            console.print(f"the same at H = {hidden}, fitted to all others: {100 * root:.0f} %")
+    table = Table("kernel and size", "layouts", "first / fastest", "default", title="How it orders what was measured")
+    for name, order in orders(timed).items():
+        table.add_row(name, f"{order.layouts}", f"{order.behind:.2f}", "measured" if order.default else "not measured")
+    console.print(table)
+    console.print("default: whether the layout that users get without tuning was one of those", style="dim")
 
 
 if __name__ == "__main__":
