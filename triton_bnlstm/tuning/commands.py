@@ -177,13 +177,13 @@ def parser() -> argparse.ArgumentParser:
         "--from-model", type=Path, metavar="FILE", help="in place of these: a file with a state_dict that has them"
     )
     group = made.add_argument_group("on what data")
-    group.add_argument("--batch", type=_sizes, action="extend", required=True, metavar="B[,B]", help="sequences")
+    group.add_argument("--batch", type=_sizes, action="extend", metavar="B[,B]", help="sequences (needed)")
     group.add_argument(
         "--dtype",
         type=_names(tuple(DTYPES), SAME_DTYPES),
         action="extend",
         metavar="T[,T]",
-        help=f"of weights: {', '.join(DTYPES)}; tf32 is float32 with TF32 products (needed, but with --from-model)",
+        help=f"of weights: {', '.join(DTYPES)}; tf32 is float32 with TF32 products (needed without --from-model)",
     )
     group.add_argument(
         "--lengths",
@@ -199,6 +199,7 @@ def parser() -> argparse.ArgumentParser:
         "--kernels",
         dest="kernels",
         type=_names(KERNELS),
+        action="extend",
         metavar="K[,K]",
         help=f"of {', '.join(KERNELS)} (default: {','.join(USUAL_KERNELS)})",
     )
@@ -227,13 +228,14 @@ def parser() -> argparse.ArgumentParser:
         "export",
         export,
         "write measured layouts as the file that the package ships",
-        "Of all devices of an architecture in the cache, for the current version of the kernels' code.",
+        "Of all devices of an architecture in the cache, for the current version of the kernels' code. What is slower "
+        "than the default is left out; files that cannot be read are, too, and then the exit code is 1.",
     )
     made.add_argument("--out", type=Path, metavar="FILE", help="replace this file (default: stdout)")
     add_kernel(made)
     add_architecture(made)
     made.add_argument("--with-candidates", action="store_true", help="with every layout that was tried")
-    add_json(made)
+    made.add_argument("--json", action="store_true", help="what was written, as JSON on stdout; needs --out")
 
     made = add(
         "import",
@@ -241,7 +243,8 @@ def parser() -> argparse.ArgumentParser:
         "put the measured layouts of files that `export` wrote into the cache",
         "So layouts that were tuned on one machine serve on another with the same device. What is newer stays.",
     )
-    made.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what `export` wrote, or a folder of such")
+    text = "what `export` wrote, or a folder, of which all *.json are taken"
+    made.add_argument("files", nargs="+", type=Path, metavar="FILE", help=text)
     add_json(made)
 
     made = add("clear", clear, "remove entries from the cache")
@@ -290,7 +293,10 @@ def main(arguments: list[str] | None = None) -> int:
         except BrokenPipeError:
             _close_quietly()
             return DONE
-        except (OSError, RuntimeError, ValueError) as error:
+        except OSError as error:  # without its number
+            of = f"{error.filename}: " if error.filename else ""
+            return _failed(f"{of}{error.strerror or error}", FAILED, arguments)
+        except (RuntimeError, ValueError) as error:
             return _failed(f"{type(error).__name__}: {error}", FAILED, arguments)
     return code
 
@@ -298,8 +304,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _failed(message: str, code: int, arguments: list[str] | None) -> int:
     """Say why a command has failed, for scripts, too. The exit code."""
     screens.complain(message)
-    if "--json" in (sys.argv[1:] if arguments is None else arguments):
-        screens.write_json({"error": screens.one_line(message), "exit_code": code})
+    given = sys.argv[1:] if arguments is None else arguments
+    if any(len(each) > 2 and "--json".startswith(each) for each in given):  # argparse takes its beginning, too
+        screens.write_json({"error": screens.one_line(message).removeprefix("error: "), "exit_code": code})
     return code
 
 
