@@ -201,7 +201,27 @@ def test_paths_are_told_in_full(capsys, monkeypatch, tmp_path):
     assert told["files"] == [str(path)]
 
 
+def test_clear_leaves_a_folder_with_files_in_the_place_of_one(capsys, root):
+    put(root, made(), made(BACKWARD))
+    path = folder_of(root) / "forward.json"
+    path.unlink()
+    (path / "inside").mkdir(parents=True)
+    code, _, err = run(capsys, "clear", "--unused")
+    assert (code, err.count("\n")) == (FAILED, 1)
+    assert f"{path} could not be changed (it is a folder with files in it: remove it yourself)" in err
+    (path / "inside").rmdir()
+    assert run(capsys, "clear", "--unused")[0] == DONE
+    assert not path.exists()
+
+
 # What there is, and what it gains
+
+
+def test_verify_says_that_it_looks_at_this_device_alone(capsys, root, h100):
+    put(root, made())
+    put(root, made(device=A100), device=A100)
+    assert "Not checked: 1 entry of other devices than the one that is here." in words(run(capsys, "verify")[1])
+    assert len(run_json(capsys, "verify")[1]["entries"]) == 1
 
 
 def test_the_default_of_a_device_that_nobody_has_written_down(capsys, root, monkeypatch):

@@ -55,6 +55,7 @@ h100 = pytest.fixture(tuning_command.device_that_is_not_there)
         (["clear"], USAGE, "clear needs --all, --unused, --stale or --kernel"),
         (["export"], USAGE, "export --json needs --out"),
         ([*SIZES, "--architecture", "sm90"], USAGE, "--architecture is for --dry-run"),
+        ([*SIZES, "--dry-run", "--architecture", "sm90", "--device", "cuda:0"], USAGE, "only one of them"),
         ([*SIZES, "--dry-run", "--architecture", "sm1"], USAGE, "'sm1' is none of gfx942, sm80"),
         (SIZES, NO_DEVICE, "torch sees no accelerator"),
         (["show", "--device", "this"], NO_DEVICE, "torch sees no accelerator"),

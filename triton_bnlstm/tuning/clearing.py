@@ -141,6 +141,8 @@ def _carry_out(plan: _Plan, cache: Contents, arguments: argparse.Namespace) -> _
             if contents.is_of_use(path):  # by now: somebody has put another in its place
                 continue
             if path.is_dir():
+                if any(path.iterdir()):  # whoever's: not the cache's
+                    raise OSError("it is a folder with files in it: remove it yourself")
                 path.rmdir()
             else:
                 path.unlink(missing_ok=True)

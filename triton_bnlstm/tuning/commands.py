@@ -219,7 +219,7 @@ def parser() -> argparse.ArgumentParser:
         verify,
         "check the cache's entries, on this machine's GPU if there is one",
         "With a GPU each entry of it is compiled, its results are compared with the reference path, and it is timed "
-        "against the default; 5 % slower is a problem. Without one only what can be seen in the files is checked.",
+        "against the default; more than 1.05 of its time is a problem. Without a GPU only the files are checked.",
     )
     made.add_argument("--seconds", type=_seconds, metavar="N", help="begin nothing new after so long (default: no end)")
     add_json(made)

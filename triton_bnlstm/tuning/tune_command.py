@@ -56,6 +56,8 @@ def tune(arguments: argparse.Namespace) -> int:
         raise Failure("--architecture is for --dry-run: layouts are measured on the device that is here", USAGE)
     if any(layer.numbers == "fp32" for layer in layers):
         print(_FLOAT32, file=sys.stderr)
+    if arguments.architecture is not None and arguments.device is not None:
+        raise Failure("--device is a GPU of this machine, --architecture another one: only one of them", USAGE)
     if arguments.architecture is not None:  # somewhere else
         numbers = machine.numbers_named(arguments.architecture)
         _check_tf32(numbers, arguments.architecture, layers)

@@ -37,8 +37,10 @@ def verify(arguments: argparse.Namespace) -> int:
     here = machine.find_any()
     cache = contents.of_cache(contents.needed_root())
     found = sorted(cache.found, key=contents.by_size)
+    others = 0
     if here is not None:
         found = [each for each in found if each.identity.slug == here.identity.slug]
+        others = len(cache.found) - len(found)
     until = time.monotonic() + arguments.seconds if arguments.seconds else float("inf")
     verdicts = []
     for k, each in enumerate(found):
@@ -49,7 +51,7 @@ def verify(arguments: argparse.Namespace) -> int:
         verdicts.append(verdict)
     unreadable = [each for each in cache.unreadable if here is None or each.slug == here.identity.slug]
     bad = sum(verdict.state in (WRONG, SLOW) for verdict in verdicts) + len(unreadable)
-    unchecked = _not_checked(here, found)
+    unchecked = _not_checked(here, found, others)
     if arguments.json:
         screens.write_json(
             {
@@ -94,10 +96,12 @@ def _name(each: Found) -> str:
     return f"{each.identity.slug} {what}"
 
 
-def _not_checked(here: Here | None, found: list[Found]) -> list[str]:
-    """What this run could not look at."""
+def _not_checked(here: Here | None, found: list[Found], others: int) -> list[str]:
+    """What this run could not look at. others: entries of devices that are not here."""
     if here is not None:
-        return []
+        return [f"{screens.count(others, 'entry', 'entries')} of other devices than the one that is here"] * (
+            others > 0
+        )
     told = ["without a GPU no kernel was compiled or run, so neither results nor times were looked at"]
     unknown = sorted({each.identity.slug for each in found if machine.numbers_of(each.identity) is None})
     if unknown:
