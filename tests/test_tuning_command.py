@@ -122,7 +122,7 @@ def test_show_lists_what_is_known(capsys, root):
     assert "failed" not in out
     assert max(len(line) for line in out.splitlines()) <= 120
     _, out, _ = run(capsys, "show", "--candidates", "--kernel", "forward")
-    assert "300000 bytes of shared memory, 232448" in out
+    assert "300000 bytes of shared memory, 232448" in words(out)
     assert "default: " in out
     assert "moments  " not in out
 
@@ -213,11 +213,14 @@ def test_tune_measures_keeps_and_tells(capsys, root, h100):
     entry = Store(Identity.of(H100), root).get(work.key)
     assert entry is not None
     assert choice.choose(H100, work).layout == entry.layout
-    code, told = run_json(capsys, *TUNE, "--kernels", "forward")
+    forward = [*SIZES, "--lengths", "equal", "--kernels", "forward"]
+    code, told = run_json(capsys, *forward)
     assert code == DONE
     assert [each["anew"] for each in told["tuned"]] == [False]
-    code, told = run_json(capsys, *TUNE, "--kernels", "forward", "--force")
+    code, told = run_json(capsys, *forward, "--force")
     assert [each["anew"] for each in told["tuned"]] == [True]
+    code, told = run_json(capsys, *forward, "--kernel", "backward")
+    assert [each["key"].split()[0] for each in told["tuned"]] == ["forward", "backward"]
 
 
 def test_one_failure_does_not_stop_the_others(capsys, root, h100):

@@ -46,15 +46,19 @@ h100 = pytest.fixture(tuning_command.device_that_is_not_there)
 @pytest.mark.parametrize(
     ("arguments", "code", "error"),
     [
-        (["tune", "--batch", "2"], USAGE, "tune needs --hidden and --dtype, or --from-model"),
+        (["tune"], USAGE, "tune needs --hidden, --batch and --dtype (or --from-model and --batch)"),
+        (["tune", "--hidden", "4"], USAGE, "tune needs --batch and --dtype, too"),
+        (["tune", "--from-model", "any"], USAGE, "tune needs --batch, too"),
+        (["tune", "--batch", "2"], USAGE, "tune needs --hidden and --dtype (or --from-model and --batch)"),
         (["tune", "--batch", "2", "--hidden", "4"], USAGE, "tune needs --dtype, too"),
-        (["tune", "--batch", "2", "--dtype", "bf16"], USAGE, "tune needs --hidden, or --from-model"),
+        (["tune", "--batch", "2", "--dtype", "bf16"], USAGE, "tune needs --hidden (or --from-model and --batch)"),
         (["tune", "--hidden", "x", "--batch", "2"], USAGE, "must be a number"),
         (["nonsense"], USAGE, "invalid choice"),
         (["clear"], USAGE, "clear needs --all, --unused, --stale or --kernel"),
         (["export"], USAGE, "export --json needs --out"),
         ([*SIZES, "--architecture", "sm90"], USAGE, "--architecture is for --dry-run"),
-        ([*SIZES, "--dry-run", "--architecture", "sm1"], USAGE, "'sm1' is none of gfx942, sm100"),
+        ([*SIZES, "--dry-run", "--architecture", "sm90", "--device", "cuda:0"], USAGE, "give one"),
+        ([*SIZES, "--dry-run", "--architecture", "sm1"], USAGE, "'sm1' is none of gfx942, sm80"),
         (SIZES, NO_DEVICE, "torch sees no accelerator"),
         (["show", "--device", "this"], NO_DEVICE, "torch sees no accelerator"),
         (["import", "/nowhere"], USAGE, "cannot be read (No such file or directory)"),
@@ -109,14 +113,18 @@ def test_a_device_that_is_none_is_a_wrong_command_line_anywhere(capsys, monkeypa
 def test_why_there_is_no_device(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
-    with pytest.raises(Failure, match=r"is built for CPUs only: install a build for CUDA or ROCm; `doctor`"):
+    with pytest.raises(Failure, match=r"is built for CPUs only: install a build for CUDA or ROCm; `.* doctor` tells"):
         FIND()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(Failure, match="CUDA_VISIBLE_DEVICES hides all GPUs"):
+    with pytest.raises(Failure, match="CUDA_VISIBLE_DEVICES= hides all GPUs"):
         FIND()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with pytest.raises(Failure, match="torch sees no GPU: is there one, with a driver"):
+    with pytest.raises(Failure, match=r"sees none: is there one, with a driver .* on the machine with the GPU"):
+        FIND()
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "-1")
+    with pytest.raises(Failure, match="HIP_VISIBLE_DEVICES=-1 hides all GPUs"):
         FIND()
 
 
@@ -232,7 +240,7 @@ def test_a_dry_run_of_clear(capsys, root):
         "cuda-sm80-108x163KB forward bf16 H512 B64 x1",
         "cuda-sm90-132x227KB forward bf16 H512 B64 x1",
     ]
-    assert "Would remove 2 entries and 0 files" in words(out)
+    assert f"Would remove 2 entries from {root}" in words(out)
     assert len(contents.of_cache(root).found) == 3
 
 
@@ -276,7 +284,12 @@ def test_doctor_says_where_a_bad_folder_comes_from_and_whether_anything_can_be_t
     root.write_text("no folder")
     _, out, _ = run(capsys, "doctor")
     assert f"{root} (from TRITON_BNLSTM_CACHE_DIR)" in words(out)
-    assert run_json(capsys, "doctor")[1]["can_tune"] is True
+    _, told = run_json(capsys, "doctor")  # `tune` would refuse, as nothing could be kept
+    assert (told["can_tune"], "nothing could be kept" in told["why_not_tune"]) == (False, True)
+    root.unlink()
+    _, told = run_json(capsys, "doctor")
+    assert (told["can_tune"], told["why_not_tune"]) == (True, None)
+    assert "can be done here" in run(capsys, "doctor")[1]
 
 
 # What is asked for and not there
@@ -285,16 +298,19 @@ def test_doctor_says_where_a_bad_folder_comes_from_and_whether_anything_can_be_t
 def test_show_tells_what_there_is_beside_what_was_asked_for(capsys, root, monkeypatch):
     put(root, made())
     ship(monkeypatch, made(BACKWARD, how=MODELLED, device=A100), device=A100)
-    for arguments in (["--architecture", "sm120"], ["--kernel", "save"]):
+    for arguments, asked in (
+        (["--architecture", "sm120"], "for sm120"),
+        (["--kernel", "save,moments"], "of save and moments"),
+        (["--kernel", "save", "--architecture", "SM90"], "of save for SM90"),
+    ):
         code, out, _ = run(capsys, "show", *arguments)
         assert code == DONE
-        assert "No entry is what was asked for; in your cache: forward for sm90; shipped: backward for sm80" in words(
-            out
-        )
+        there = "in your cache: forward for sm90; shipped: backward for sm80"
+        assert f"There is no entry {asked}; {there}" in words(out)
         assert "To measure some" not in out
     assert "sm90, 132" in run(capsys, "show", "--architecture", "SM90")[1]
     code, _, err = run(capsys, "show", "--architecture", "sm90,sm9")
-    assert (code, "there is no architecture sm9: " in err) == (USAGE, True)
+    assert (code, "nobody knows 'sm9'; known are " in err) == (USAGE, True)
 
 
 def test_what_all_entries_have_in_common_is_said_once(capsys, root):
@@ -349,7 +365,7 @@ def test_import_fails_where_something_could_not_be_kept(capsys, root, tmp_path):
     code, out, err = run(capsys, "import", str(file))
     assert (code, "Took 1 entry for 1 device" in words(out)) == (FAILED, True)
     (line,) = err.splitlines()
-    assert line.endswith("its entries are not kept")
+    assert line.endswith("1 entry is not kept")
     assert "forward.json could not be written" in line
     code, told = run_json(capsys, "import", str(file))
     assert (code, told["new"], told["already_there"], len(told["failed"])) == (FAILED, 0, 1, 1)
@@ -398,7 +414,7 @@ def test_import_of_a_device_that_shares_a_folders_name(capsys, root, tmp_path):
     file = tmp_path / "tuned.json"
     file.write_text(shipped.text_of({nearly: {str(made().key): made(us=2.0).as_json()}}))
     code, _, err = run(capsys, "import", str(file))
-    assert (code, "names no device" in err) == (FAILED, True)
+    assert (code, "the name of no device" in err) == (FAILED, True)
     assert contents.of_cache(root).found[0].entry == made()
 
 

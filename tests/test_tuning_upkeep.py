@@ -146,7 +146,7 @@ def test_export_of_several_architectures(capsys, root, tmp_path):
     code, out, _ = run(capsys, "export", "--architecture", "SM80,sm90")
     assert set(shipped.parse(out)) == {Identity.of(A100), Identity.of(H100)}
     code, _, err = run(capsys, "export", "--architecture", "sm9")
-    assert (code, "there is no architecture sm9: gfx90a, gfx942, sm100" in err) == (USAGE, True)
+    assert (code, "nobody knows 'sm9'; known are gfx942, gfx90a, sm75, sm80" in err) == (USAGE, True)
     code, _, err = run(capsys, "export", "--architecture", "sm120")
     assert (code, "no measured layouts for sm120; in your cache: forward for sm80, sm90" in err) == (FAILED, True)
     assert run(capsys, "export", "--kernel", "moments")[0] == FAILED

@@ -51,12 +51,12 @@ def clear(arguments: argparse.Namespace) -> int:
     plan = _plan(cache, _of_devices(arguments), arguments)
     if arguments.dry_run:
         return _tell_plan(plan, root, arguments)
-    locked_out = [folder for folder in plan.folders if not os.access(folder, os.W_OK)]
+    locked_out = sorted(folder for folder in plan.folders if not os.access(folder, os.W_OK))
     if locked_out:
-        raise Failure(f"the cache can only be read: {locked_out[0].absolute()}; nothing is removed")
+        raise Failure(f"the cache can only be read: {locked_out[0]}; nothing is removed")
     done = _carry_out(plan, cache, arguments)
     if arguments.json:
-        told = {"cache": str(root.absolute()), "removed": done.entries, "other_files": len(done.files)}
+        told = {"cache": str(root), "removed": done.entries, "other_files": len(done.files)}
         told |= {"files": [str(path) for path in done.files], "failed": {str(p): why for p, why in done.failed.items()}}
         screens.write_json(told)
         return FAILED if done.failed else DONE
@@ -66,7 +66,7 @@ def clear(arguments: argparse.Namespace) -> int:
         screens.print_text(f"Removed the file {path.relative_to(root)}")
     more = f" and {screens.count(len(done.files), 'other file')}" if done.files else ""
     removed = screens.count(done.entries, "entry", "entries")
-    screens.print_text(f"Removed {removed}{more} from {root.absolute()}")
+    screens.print_text(f"Removed {removed}{more} from {root}{_stale_by(arguments)}")
     return FAILED if done.failed else DONE
 
 
@@ -89,9 +89,7 @@ def _of_devices(arguments: argparse.Namespace) -> Identity | None:
 
 def _plan(cache: Contents, identity: Identity | None, arguments: argparse.Namespace) -> _Plan:
     plan = _Plan()
-    folders = [folder for folder, of in cache.folders.items() if of is not None]
-    if identity is not None:
-        folders = [folder for folder in folders if folder.name == identity.slug]
+    folders = [folder for folder in cache.folders if identity is None or folder.name == identity.slug]
     kernels = arguments.kernel or KERNELS
     whole = not (arguments.unused or arguments.stale)  # everything of these kernels
     for each in cache.found:
@@ -100,12 +98,9 @@ def _plan(cache: Contents, identity: Identity | None, arguments: argparse.Namesp
             plan.entries.setdefault(folder / f"{each.kernel}.json", []).append(each)
     if arguments.stale:
         return plan
-    plan.broken = [path for path, _ in cache.unreadable if path.parent in folders and path.stem in kernels]
-    out_of_reach = {p: why for p, why in cache.out_of_reach if p.parent in folders and p.stem in kernels}
-    if whole:
-        plan.broken += out_of_reach
-    else:
-        plan.denied = out_of_reach
+    broken = [each for each in cache.unreadable if each.path.parent in folders and each.kernel in kernels]
+    plan.broken = [each.path for each in broken if whole or each.is_foreign]
+    plan.denied = {each.path: each.why for each in broken if not whole and not each.is_foreign}
     aside = [path for path in cache.aside if path.parent in folders]
     plan.aside = [path for path in aside if path.name.partition(".")[0] in kernels]
     if arguments.all and not arguments.kernel:
@@ -125,7 +120,7 @@ def _tell_plan(plan: _Plan, root: Path, arguments: argparse.Namespace) -> int:
     files = [*plan.broken, *plan.aside, *plan.left_behind]
     if arguments.json:
         keys = [{"device": each.identity.slug, "key": each.text} for each in going]
-        told = {"cache": str(root.absolute()), "would_remove": keys, "files": [str(path) for path in files]}
+        told = {"cache": str(root), "would_remove": keys, "files": [str(path) for path in files]}
         screens.write_json(told)
         return DONE
     for each in going:
@@ -134,7 +129,8 @@ def _tell_plan(plan: _Plan, root: Path, arguments: argparse.Namespace) -> int:
     for path in files:
         print(f"the file {path.relative_to(root)}")
     entries = screens.count(len(going), "entry", "entries")
-    screens.print_text(f"Would remove {entries} and {screens.count(len(files), 'file')} from {root.absolute()}")
+    more = f" and {screens.count(len(files), 'file')}" if files else ""
+    screens.print_text(f"Would remove {entries}{more} from {root}{_stale_by(arguments)}")
     return DONE
 
 
@@ -148,6 +144,8 @@ def _carry_out(plan: _Plan, cache: Contents, arguments: argparse.Namespace) -> _
             if contents.is_of_use(path):  # by now: somebody has put another in its place
                 continue
             if path.is_dir():
+                if any(path.iterdir()):  # whoever's: not the cache's
+                    raise OSError("it is a folder with files in it: remove it yourself")
                 path.rmdir()
             else:
                 path.unlink(missing_ok=True)
@@ -216,6 +214,15 @@ def _sweep(folder: Path) -> list[Path]:
     with suppress(OSError):
         measuring.rmdir()
     return removed
+
+
+def _stale_by(arguments: argparse.Namespace) -> str:
+    """What a removal of stale entries went by."""
+    if not arguments.stale:
+        return ""
+    if triton_version() == "none":
+        return "; what is stale goes by the Triton of this environment, and there is none"
+    return f"; stale is what another Triton measured than that of this environment, {minor(triton_version())}"
 
 
 def stale_hint() -> str:

@@ -180,13 +180,13 @@ def parser() -> argparse.ArgumentParser:
         "--from-model", type=Path, metavar="FILE", help="in place of these: a file with a state_dict that has them"
     )
     group = made.add_argument_group("on what data")
-    group.add_argument("--batch", type=_sizes, action="extend", required=True, metavar="B[,B]", help="sequences")
+    group.add_argument("--batch", type=_sizes, action="extend", metavar="B[,B]", help="sequences (needed)")
     group.add_argument(
         "--dtype",
         type=_names(tuple(DTYPES), SAME_DTYPES),
         action="extend",
         metavar="T[,T]",
-        help=f"of weights: {', '.join(DTYPES)}; tf32 is float32 with TF32 products (needed, but with --from-model)",
+        help=f"of weights: {', '.join(DTYPES)}; tf32 is float32 with TF32 products (needed without --from-model)",
     )
     group.add_argument(
         "--lengths",
@@ -202,6 +202,7 @@ def parser() -> argparse.ArgumentParser:
         "--kernels",
         dest="kernels",
         type=_names(KERNELS),
+        action="extend",
         metavar="K[,K]",
         help=f"of {', '.join(KERNELS)} (default: {','.join(USUAL_KERNELS)})",
     )
@@ -221,7 +222,7 @@ def parser() -> argparse.ArgumentParser:
         verify,
         "check the cache's entries, on this machine's GPU if there is one",
         "With a GPU each entry of it is compiled, its results are compared with the reference path, and it is timed "
-        "against the default; 5 % slower is a problem. Without one only what can be seen in the files is checked.",
+        "against the default; more than 1.05 of its time is a problem. Without a GPU only the files are checked.",
     )
     made.add_argument("--seconds", type=_seconds, metavar="N", help="begin nothing new after so long (default: no end)")
     add_json(made)
@@ -230,13 +231,14 @@ def parser() -> argparse.ArgumentParser:
         "export",
         export,
         "write measured layouts as the file that the package ships",
-        "Of all devices of an architecture in the cache, for the current version of the kernels' code.",
+        "Of all devices of an architecture in the cache, for the current version of the kernels' code. What is slower "
+        "than the default is left out; files that cannot be read are, too, and then the exit code is 1.",
     )
     made.add_argument("--out", type=Path, metavar="FILE", help="replace this file (default: stdout)")
     add_kernel(made)
     add_architecture(made)
     made.add_argument("--with-candidates", action="store_true", help="with every layout that was tried")
-    add_json(made)
+    made.add_argument("--json", action="store_true", help="what was written, as JSON on stdout; needs --out")
 
     made = add(
         "import",
@@ -244,7 +246,8 @@ def parser() -> argparse.ArgumentParser:
         "put the measured layouts of files that `export` wrote into the cache",
         "So layouts that were tuned on one machine serve on another with the same device. What is newer stays.",
     )
-    made.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what `export` wrote, or a folder of such")
+    text = "what `export` wrote, or a folder, of which all *.json are taken"
+    made.add_argument("files", nargs="+", type=Path, metavar="FILE", help=text)
     add_json(made)
 
     made = add("clear", clear, "remove entries from the cache")
@@ -294,7 +297,10 @@ def main(arguments: list[str] | None = None) -> int:
         except BrokenPipeError:
             _close_quietly()
             return DONE
-        except (OSError, RuntimeError, ValueError, ArithmeticError, TypeError, LookupError) as error:
+        except OSError as error:  # without its number
+            of = f"{error.filename}: " if error.filename else ""
+            return _failed(f"{of}{error.strerror or error}", FAILED, arguments)
+        except (RuntimeError, ValueError, ArithmeticError, TypeError, LookupError) as error:
             return _failed(f"{type(error).__name__}: {error}", FAILED, arguments)
     return code
 
@@ -304,7 +310,7 @@ def _failed(message: str, code: int, arguments: list[str] | None) -> int:
     screens.complain(message)
     if "--json" in (sys.argv[1:] if arguments is None else arguments):
         try:
-            screens.write_json({"error": screens.one_line(message), "exit_code": code})
+            screens.write_json({"error": screens.one_line(message).removeprefix("error: "), "exit_code": code})
             if sys.stdout is not None:
                 sys.stdout.flush()
         except OSError:  # nobody reads it, or there is no room for it

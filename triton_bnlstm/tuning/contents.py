@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import machine, shipped, space
+from . import machine, screens, shipped, space
 from .choice import CACHE, SHIPPED
 from .device import Identity, is_stale, triton_version
 from .entry import MEASURED, Entry
@@ -58,17 +58,18 @@ class Found(NamedTuple):
     @property
     def default(self) -> Layout | None:
         """The default layout of today, which may be another one than when it was measured; None: not known."""
-        numbers = machine.numbers_of(self.identity)
-        if numbers is None or self.entry is None or self.of_other_code:
+        if self.entry is None or self.of_other_code:
             return None
-        return space.analytic(numbers, work_of(self.entry))
+        numbers = machine.numbers_of(self.identity) or machine.numbers_here(self.identity)
+        return None if numbers is None else space.analytic(numbers, work_of(self.entry))
 
     @property
     def gain(self) -> float | None:
-        """How many times as fast as the default of today its layout is, as far as both were measured."""
-        if self.entry is None or not self.measured:
+        """How many times as fast as the default of today its layout is; None: not both are known and measured."""
+        default = self.default
+        if self.entry is None or not self.measured or default is None:
             return None
-        return self.entry.gain_over(self.default or self.entry.default)
+        return self.entry.gain_over(default)
 
     @property
     def is_slower(self) -> bool:
@@ -86,6 +87,40 @@ def work_of(entry: Entry) -> Work:
     return measured if measured.key == entry.key else largest
 
 
+class Broken(NamedTuple):
+    """A file that cannot be used.
+
+    path: which. why: the reason. is_foreign: it can be read, and is not one of ours or not whole: who next looks for a
+    layout in it sets it aside.
+    """
+
+    path: Path
+    why: str
+    is_foreign: bool
+
+    @property
+    def slug(self) -> str:
+        """Of the device that its folder is for."""
+        return self.path.parent.name
+
+    @property
+    def kernel(self) -> str:
+        """What it would have layouts of."""
+        return self.path.stem
+
+    @property
+    def advice(self) -> str:
+        """What to do about it; what cannot be read may be all right, and somebody else's."""
+        return f"; {remedy(self.path)}" if self.is_foreign else ""
+
+    def as_json(self) -> dict[str, str]:
+        """For `--json`."""
+        return {"file": str(self.path), "why": self.why}
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.why}"
+
+
 @dataclass
 class Contents:
     """Of a cache.
@@ -93,31 +128,24 @@ class Contents:
     Attributes:
         root: its folder; None: nobody knows one.
         found: entries.
-        unreadable: files that are not ours or not whole, and why.
-        out_of_reach: files that could not be looked into, and why: they may be all right.
+        unreadable: files that cannot be read, are not ours or not whole.
         aside: files that were set aside as such.
-        folders: devices' folders; None where the name does not say whose.
+        folders: devices' folders. No call looks into others, which somebody else may have put there.
     """
 
     root: Path | None
     found: list[Found] = field(default_factory=list)
-    unreadable: list[tuple[Path, str]] = field(default_factory=list)
-    out_of_reach: list[tuple[Path, str]] = field(default_factory=list)
+    unreadable: list[Broken] = field(default_factory=list)
     aside: list[Path] = field(default_factory=list)
-    folders: dict[Path, Identity | None] = field(default_factory=dict)
-
-    @property
-    def faulty(self) -> list[tuple[Path, str, str]]:
-        """Files that tell nothing, why, and what to do about it, if that is known."""
-        told = [(path, why, f"; {remedy()}") for path, why in self.unreadable]
-        return told + [(path, why, "") for path, why in self.out_of_reach]
+    folders: dict[Path, Identity] = field(default_factory=dict)
 
 
 def root_of_cache() -> Path | None:
-    """The cache's folder; None: there is none, see `why_no_cache`."""
+    """The cache's folder, from the top; None: there is none, see `why_no_cache`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # commands say it in their own words
-        return cache_directory()
+        found = cache_directory()
+    return None if found is None else found.absolute()
 
 
 def why_no_cache() -> str:
@@ -157,10 +185,12 @@ def of_cache(root: Path | None) -> Contents:
         if reason is not None:
             raise Failure(f"the cache cannot be used: {reason}")
         for folder in sorted(top.iterdir()) if top.is_dir() else []:
-            if folder.is_dir():
+            identity = of_slug(folder.name)
+            if identity is not None and folder.is_dir():
+                contents.folders[folder] = identity
                 _look_into(folder, contents)
     except OSError as error:
-        raise Failure(f"{root.absolute()} cannot be read ({error.strerror or error})") from None
+        raise Failure(f"{root} cannot be read ({error.strerror or error})") from None
     return contents
 
 
@@ -176,13 +206,13 @@ def needed_root() -> Path:
     return root
 
 
-def remedy() -> str:
+def remedy(*paths: Path) -> str:
     """What gets rid of files that cannot be used."""
-    return f"`{program()} clear --unused` removes what cannot be used"
+    who = "" if all(os.access(path.parent, os.W_OK) for path in paths) else ", by who may write there"
+    return f"`{program()} clear --unused` removes what cannot be used{who}"
 
 
 def _look_into(folder: Path, contents: Contents) -> None:
-    contents.folders[folder] = of_slug(folder.name)
     contents.aside += sorted(folder.glob("*.corrupt-*"))
     for kernel in KERNELS:
         path = folder / f"{kernel}.json"
@@ -191,10 +221,10 @@ def _look_into(folder: Path, contents: Contents) -> None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            contents.out_of_reach.append((path, f"it cannot be read ({error.strerror or error})"))
+            contents.unreadable.append(Broken(path, f"it cannot be read ({error.strerror or error})", False))
             continue
         except ValueError as error:
-            contents.unreadable.append((path, str(error)))
+            contents.unreadable.append(Broken(path, str(error), True))
             continue
         contents.folders[folder] = identity
         contents.found += [found_of(identity, kernel, text, CACHE, raw) for text, raw in entries.items()]
@@ -287,7 +317,9 @@ def of_architectures(found: list[Found], asked: list[str] | None, shipped_: list
     names = {each.lower() for each in asked}
     known = {*machine.ARCHITECTURES, *(each.identity.architecture for each in (*found, *shipped_))}
     if not names <= known:
-        raise Failure(f"there is no architecture {', '.join(sorted(names - known))}: {', '.join(sorted(known))}", USAGE)
+        strange = ", ".join(repr(each) for each in sorted(names - known))
+        there = ", ".join(sorted(known, key=screens.in_order))
+        raise Failure(f"--architecture: nobody knows {strange}; known are {there}", USAGE)
     return [each for each in found if each.identity.architecture in names]
 
 
@@ -296,7 +328,7 @@ def what_there_is(cache: list[Found], shipped_: list[Found]) -> str:
     parts = []
     for where, found in (("in your cache", cache), ("shipped", shipped_)):
         if found:
-            architectures = sorted({each.identity.architecture for each in found})
+            architectures = sorted({each.identity.architecture for each in found}, key=screens.in_order)
             kernels = [kernel for kernel in KERNELS if any(each.kernel == kernel for each in found)]
             parts.append(f"{where}: {', '.join(kernels)} for {', '.join(architectures)}")
     return "; ".join(parts) or "there are none at all"

@@ -46,10 +46,8 @@ def doctor(arguments: argparse.Namespace) -> int:
         "backend": {"name": report["backend"], "reason": report["reason"]},
         "autotune": _autotune(problems),
     }
-    for here in devices:
-        reason = machine.why_not_measured(here.device, machine.FLOAT)
-        if reason is not None:
-            problems.append(f"{here.device}: nothing can be measured: {reason}")
+    idle = {here.device: machine.why_not_measured(here.device, machine.FLOAT) for here in devices}
+    problems += [f"{device}: nothing can be measured: {why}" for device, why in idle.items() if why is not None]
     try:
         asked = [f"backend={name!r} is" for name in [backend.requested_backend(None)] if name == "triton"]
     except ValueError as error:
@@ -62,13 +60,33 @@ def doctor(arguments: argparse.Namespace) -> int:
         problems.append(f"the package filelock is missing: {_PACKAGES['filelock']}")
     told["cache"] = _cache(devices, problems)
     told["shipped"] = _shipped(devices, problems)
-    told["can_tune"] = bool(devices) and not any("nothing can be measured" in each for each in problems)
+    told["why_not_tune"] = _why_not_tune(list(idle.values()), told["cache"])
+    told["can_tune"] = told["why_not_tune"] is None
     told["problems"] = problems
     if arguments.json:
         screens.write_json(told)
     else:
         _print(told)
     return FAILED if problems else DONE
+
+
+def _why_not_tune(idle: list[str | None], cache: dict[str, Any]) -> str | None:
+    """Why `tune` would refuse, and the next step; None: it would not.
+
+    Args:
+        idle: of each device why nothing can be measured on it.
+        cache: what is told of it.
+    """
+    if not idle:
+        return (
+            f"there is no GPU of use: {machine.why_none()}. What is tuned on another machine comes here by `export` "
+            "there and `import` here"
+        )
+    if None not in idle:
+        return f"nothing can be measured: {idle[0]}"
+    if cache.get("read_only"):
+        return f"the cache can only be read: tune where it can be written, or name another folder in {VARIABLE}"
+    return None if cache["usable"] else f"nothing could be kept, see below: name another folder in {VARIABLE}"
 
 
 def _devices(problems: list[str]) -> list[Here]:
@@ -119,20 +137,21 @@ def _autotune(problems: list[str]) -> dict[str, Any]:
 
 def _cache(devices: list[Here], problems: list[str]) -> dict[str, Any]:
     origin = VARIABLE if os.environ.get(VARIABLE) else "platformdirs"
-    try:
-        root = contents.root_of_cache()
-        cache = contents.of_cache(root)
-    except Failure as failure:
-        problems.append(str(failure))
-        return {"folder": os.environ.get(VARIABLE), "from": origin, "usable": False}
+    root = contents.root_of_cache()
     if root is None:
         problems.append(contents.why_no_cache())
         return {"folder": None, "from": origin, "usable": False}
-    if not root.is_absolute():
+    asked = os.environ.get(VARIABLE) or str(root)
+    if not Path(asked).expanduser().is_absolute():
         problems.append(
-            f"{VARIABLE}={root} depends on the folder that a process is started in, now {Path.cwd()}: what is tuned in "
-            "one is not found in another; name a folder in full"
+            f"{VARIABLE}={asked} depends on the folder that a process is started in, now {Path.cwd()}: what is tuned "
+            "in one is not found in another; name a folder in full"
         )
+    try:
+        cache = contents.of_cache(root)
+    except Failure as failure:
+        problems.append(str(failure))
+        return {"folder": str(root), "from": origin, "usable": False}
     places = [root]
     for here in devices:
         folder = root / f"v{SCHEMA}" / here.identity.slug
@@ -143,11 +162,13 @@ def _cache(devices: list[Here], problems: list[str]) -> dict[str, Any]:
     # A folder that others have filled and this user may only read is a way to share it, not a fault.
     problems += [reason for place, reason in wrong if not _is_read_only(place)]
     read_only = bool(wrong) and all(_is_read_only(place) for place, _ in wrong)
-    for path, why, what_to_do in cache.faulty:
-        problems.append(f"{path} cannot be used: {why}{'' if read_only else what_to_do}")
+    for broken in cache.unreadable:
+        set_aside = broken.is_foreign and not wrong and os.access(broken.path.parent, os.W_OK)
+        next_use = "; the next use sets it aside" if set_aside else ""
+        problems.append(f"{broken.path} cannot be used: {broken.why}{next_use}{broken.advice}")
     ours = {here.identity.slug for here in devices}
     return {
-        "folder": str(root.absolute()),
+        "folder": str(root),
         "from": origin,
         "exists": root.exists(),
         "usable": not wrong,
@@ -199,7 +220,7 @@ def _why_no_locks(file: Path) -> str | None:
             except OSError:
                 return None
     except OSError as error:
-        return f"{file.parent.parent}: files cannot be locked ({error})"
+        return f"{file.parent.parent}: files cannot be locked ({error.strerror or error})"
 
 
 def _shipped(devices: list[Here], problems: list[str]) -> dict[str, int]:
@@ -230,9 +251,9 @@ def _print(told: dict[str, Any]) -> None:
             ("", f"of which a program can have {most} KB"),
         ]
     if not told["devices"]:
-        lines.append(("devices", "no accelerator of use: nothing can be measured here"))
-        lines.append(("", machine.why_none()))
+        lines.append(("devices", "no accelerator of use"))
     lines.append(("backend", f"{told['backend']['name']}: {told['backend']['reason']}"))
+    lines.append(("tuning", f"not here: {told['why_not_tune']}" if told["why_not_tune"] else "can be done here"))
     autotune = told["autotune"]
     lines.append(("autotune", f"{autotune['mode'] or 'wrong'} ({autotune['from']})"))
     if autotune["seconds"] is not None:
@@ -256,6 +277,7 @@ def _print(told: dict[str, Any]) -> None:
 def _cache_lines(cache: dict[str, Any]) -> list[tuple[str, str]]:
     if cache["folder"] is None or "exists" not in cache:
         return [("cache", f"{cache['folder'] or 'none'} (from {cache['from']})")]
+    here = screens.count(cache["entries_here"], "entry", "entries")
     missing = "" if cache["exists"] else ", not made yet"
     works = "can be read, written and locked" if cache["usable"] else "cannot be used"
     if cache.get("read_only"):
@@ -263,7 +285,7 @@ def _cache_lines(cache: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("cache", f"{cache['folder']} (from {cache['from']}{missing})"),
         ("", works if cache["exists"] else f"the folder above it {works}"),
-        ("", f"{cache['entries_here']} entries for devices of this machine, {cache['entries_elsewhere']} for others"),
+        ("", f"{here} for devices of this machine, {cache['entries_elsewhere']} for others"),
     ]
     remarks = [
         (cache["stale"], "measured with another Triton: still used"),

@@ -12,7 +12,7 @@ from ..kernels.config import Device, device_of
 from . import online, shipped, space
 from .device import Identity, minor, triton_version
 from .entry import MEASURED, Entry
-from .screens import NO_DEVICE, USAGE, Failure
+from .screens import NO_DEVICE, USAGE, Failure, in_order, program
 from .tuner import Bench
 from .work import Work
 
@@ -60,8 +60,7 @@ def find(name: str | None = None) -> Here:
     if device.type != "cuda":
         raise Failure(f"--device: kernels are measured on a GPU, not on {device.type}; write cuda:0", USAGE)
     if not torch.cuda.is_available():
-        more = "`doctor` tells more, and `tune --dry-run --architecture sm90` plans without one"
-        raise Failure(f"no device to measure on: {why_none()}; {more}", NO_DEVICE)
+        raise Failure(f"there is no GPU of use here: {why_none()}; `{program()} doctor` tells more", NO_DEVICE)
     index = torch.cuda.current_device() if device.index is None else device.index
     there = torch.cuda.device_count()
     if index >= there:
@@ -77,12 +76,15 @@ def find(name: str | None = None) -> Here:
 def why_none() -> str:
     """Why torch sees no accelerator here, and what to do about it."""
     if torch.version.cuda is None and torch.version.hip is None:
-        reason = f"this torch, {torch.__version__}, is built for CPUs only: install a build for CUDA or ROCm"
-    elif os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
-        reason = "CUDA_VISIBLE_DEVICES hides all GPUs: unset it"
-    else:
-        reason = "torch sees no GPU: is there one, with a driver that this torch can use?"
-    return reason
+        return f"this torch, {torch.__version__}, is built for CPUs only: install a build for CUDA or ROCm"
+    names = ["CUDA_VISIBLE_DEVICES", *(["HIP_VISIBLE_DEVICES"] if torch.version.hip is not None else [])]
+    for name in names:
+        if os.environ.get(name, "0").strip() in ("", "-1"):
+            return f"{name}={os.environ[name]} hides all GPUs: unset it"
+    return (
+        f"torch {torch.__version__} sees none: is there one, with a driver that is new enough? If not, run this on the "
+        "machine with the GPU"
+    )
 
 
 def numbers_named(architecture: str) -> Device:
@@ -95,7 +97,7 @@ def numbers_named(architecture: str) -> Device:
     identity = boards.get(architecture.lower())
     numbers = None if identity is None else numbers_of(identity)
     if numbers is None:
-        raise Failure(f"--architecture: {architecture!r} is none of {', '.join(sorted(boards))}", USAGE)
+        raise Failure(f"--architecture: {architecture!r} is none of {', '.join(sorted(boards, key=in_order))}", USAGE)
     return numbers
 
 
@@ -137,6 +139,14 @@ def is_settled(work: Work, numbers: Device, known: Entry | None) -> bool:
     tried = {each.layout for each in known.candidates}
     looked_at = (*space.structures(numbers, work), *space.neighbours(known.layout))
     return known.default == space.analytic(numbers, work) and tried.issuperset(looked_at)
+
+
+def numbers_here(identity: Identity) -> Device | None:
+    """The numbers of a device of this machine; None: it is none of them."""
+    try:
+        return next((here.numbers for here in find_all() if here.identity == identity), None)
+    except Failure:
+        return None
 
 
 def numbers_of(identity: Identity) -> Device | None:

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .screens import NUMBERS, USAGE, Failure
+from .screens import NUMBERS, USAGE, Failure, listed
 from .work import FLAGS, KERNELS, Work
 
 DTYPES: dict[str, tuple[torch.dtype, str]] = {
@@ -108,11 +108,14 @@ def layers_asked(arguments: argparse.Namespace) -> list[Layer]:
     Raises:
         Failure: too little is given, too much, or what no kernel computes.
     """
+    needed = {"--batch": arguments.batch}
     if arguments.from_model is None:
-        lacking = [name for name, given in (("--hidden", arguments.hidden), ("--dtype", arguments.dtype)) if not given]
-        if lacking:
-            what = f"{' and '.join(lacking)}, or --from-model" if "--hidden" in lacking else f"{lacking[0]}, too"
-            raise Failure(f"tune needs {what}", USAGE)
+        needed = {"--hidden": arguments.hidden, **needed, "--dtype": arguments.dtype}
+    lacking = [name for name, given in needed.items() if not given]
+    if lacking:
+        more = " (or --from-model and --batch)" if "--hidden" in lacking else ", too"
+        raise Failure(f"tune needs {listed(lacking)}{more}", USAGE)
+    if arguments.from_model is None:
         return [
             Layer(hidden, arguments.columns or hidden, directions, numbers, arguments.cell_norm)
             for hidden in arguments.hidden
@@ -149,12 +152,15 @@ def layers_of_file(path: Path) -> list[Layer]:
     states = [each for each in _mappings(held) if any(isinstance(name, str) and _LAYER.match(name) for name in each)]
     found = list(dict.fromkeys(layer for state in states for layer in _layers(state, path)))
     if not found:
-        if any(_has_lstm(each) for each in _mappings(held)):
+        kinds = {_kind(each) for each in _mappings(held)}
+        if "LSTM" in kinds:
             raise Failure(
                 f"{path} has an nn.LSTM, and no layer of triton_bnlstm: BNLSTM.from_lstm makes one of it, whose "
                 "state_dict to save; or give its sizes by --hidden, --columns and --directions",
                 USAGE,
             )
+        if "other" in kinds:
+            raise Failure(f"{path} has a recurrent layer that is no LSTM, and no layer of triton_bnlstm", USAGE)
         raise Failure(f"{path} has no layer of triton_bnlstm (parameters gamma_hh_l0, weight_hh_l0, …); {_HINT}", USAGE)
     sorts: dict[Layer, Layer] = {}
     for layer in found:  # of equal layers the first names them all
@@ -188,9 +194,15 @@ def _is_saved(file: IO[bytes]) -> bool:
     return archive or _OLD_MAGIC in head
 
 
-def _has_lstm(state: Mapping[str, Any]) -> bool:
-    """Whether it has weights as nn.LSTM and its kin have."""
-    return any(isinstance(name, str) and name.rpartition(".")[2] == "weight_hh_l0" for name in state)
+def _kind(state: Mapping[str, Any]) -> str:
+    """Of torch's recurrent layers whose weights it has: "LSTM" (four gates of each unit), "other", or "none"."""
+    kind = "none"
+    for name, weight in state.items():
+        if isinstance(name, str) and name.rpartition(".")[2] == "weight_hh_l0" and isinstance(weight, Tensor):
+            if weight.dim() == 2 and weight.shape[0] == 4 * weight.shape[1]:
+                return "LSTM"
+            kind = "other"
+    return kind
 
 
 def _mappings(held: Any) -> Iterator[Mapping[str, Any]]:

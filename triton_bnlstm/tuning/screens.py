@@ -8,7 +8,7 @@ import shutil
 import sys
 import textwrap
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,7 +36,7 @@ _LAYOUT = {
     "product": "in how many parts of the inner extent x of the rows the backward divides its product",
 }
 # Where nobody says how wide the screen is: a file, a pipe.
-_WIDTH = 120
+_WIDTH = 100
 
 
 class Failure(Exception):
@@ -92,6 +92,17 @@ def count(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
+def in_order(name: str) -> tuple[str, int]:
+    """What sorts names by the numbers at their end: sm90 before sm100."""
+    letters = name.rstrip("0123456789")
+    return letters, int(name[len(letters) :] or -1)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names in a sentence: "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
 def key_cells(key: Key) -> list[str]:
     """What a key says, for a table: kernel, dtype, size, batch, directions, flags."""
     numbers = "tf32" if key.precision == "tf32" else NUMBERS.get(key.dtype, key.dtype)
@@ -130,9 +141,18 @@ def tune_words(entry: Entry | None) -> str:
     if key is None:
         return f"{program()} tune --hidden 512 --batch 64 --dtype bf16"
     numbers = "tf32" if key.precision == "tf32" else NUMBERS.get(key.dtype, key.dtype)
-    hidden = key.columns if key.kernel == "moments" else key.hidden
-    more = f"{' --directions 2' * (key.directions == 2)}{' --cell-norm' * ('cell_norm' in key.flags)}"
-    return f"{program()} tune --hidden {hidden} --batch {key.batch} --dtype {numbers}{more}"
+    hidden = key.hidden
+    if key.kernel == "moments":  # of x and of h; else of the four gates' parts of a state
+        hidden = key.columns if key.flags else key.columns // 4
+    more = {
+        " --directions 2": key.directions == 2,
+        " --columns 1": "narrow" in key.flags,
+        " --cell-norm": "cell_norm" in key.flags,
+        " --lengths device": "fill" in key.flags,
+        " --kernel moments": key.kernel == "moments",
+    }
+    asked = f"tune --hidden {hidden} --batch {key.batch} --dtype {numbers}"
+    return f"{program()} {asked}{''.join(text for text, needed in more.items() if needed)}"
 
 
 def date(at: float) -> str:

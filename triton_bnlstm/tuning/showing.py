@@ -39,20 +39,20 @@ def show(arguments: argparse.Namespace) -> int:
         found = [each for each in found if each.kernel in arguments.kernel]
     found = contents.of_architectures(found, arguments.architecture, [*cache.found, *package])
     found.sort(key=contents.by_size)
-    code = FAILED if cache.faulty or root is None else DONE
+    code = FAILED if cache.unreadable or root is None else DONE
     if arguments.json:
         screens.write_json(
             {
-                "cache": None if root is None else str(root.absolute()),
+                "cache": None if root is None else str(root),
                 "why_no_cache": contents.why_no_cache() if root is None else None,
                 "entries": [_as_json(each, hidden, arguments.candidates) for each in found],
-                "unreadable": [{"file": str(path), "why": why} for path, why, _ in cache.faulty],
+                "unreadable": [each.as_json() for each in cache.unreadable],
                 "set_aside": [str(path) for path in cache.aside],
             }
         )
         return code
-    for path, why, what_to_do in cache.faulty:
-        screens.print_text(f"cannot be used: {path}: {why}{what_to_do}")
+    for broken in cache.unreadable:
+        screens.print_text(f"cannot be used: {broken}{broken.advice}")
     for identity, group in groupby(found, key=lambda each: each.identity):
         _print_device(identity, list(group), hidden, candidates=arguments.candidates)
     _print_rest(_Listed(found, cache, package), arguments)
@@ -73,7 +73,8 @@ def _marks(each: Found, hidden: set[tuple[Identity, str]]) -> list[str]:
     if each.of_other_code:
         marks.append("not used: measured for another version of the kernel's code")
     if each.is_stale:
-        marks.append(f"{screens.stale_words(each.entry)}; still used")
+        again = screens.tune_words(each.entry)
+        marks.append(f"{screens.stale_words(each.entry)}; still used. Measured anew by: {again}")
     if each.is_slower:
         marks.append("slower than the default")
     if each.origin == SHIPPED and (each.identity, each.text) in hidden:
@@ -106,7 +107,7 @@ def _print_device(
             marks = [mark for mark in marks if not mark.startswith("stale")]
         details = [in_words(entry.layout), *([] if shared else [_origin(each, entry)])]
         tried = tuple(screens.candidate_lines(entry)) if candidates else ()
-        gain = screens.gain_words(each.gain, is_default=entry.layout == (each.default or entry.default))
+        gain = screens.gain_words(each.gain, is_default=entry.layout == each.default)
         figures = [screens.microseconds(screens.time_of(entry)), gain]
         rows.append(Row(screens.key_cells(entry.key), figures, details, marks, tried))
     names = {each.entry.by.name for each in group if each.measured and each.entry is not None}
@@ -118,7 +119,7 @@ def _print_device(
             screens.print_text(origins.pop())
         if shared_stale:
             again = screens.tune_words(next(each.entry for each in others if each.entry is not None))
-            screens.print_text(f"! {stale.pop()}; still used. To measure anew, for instance: {again}")
+            screens.print_text(f"! {stale.pop()}; still used. Measured anew by, for instance: {again}")
         screens.print_table(_WHAT, [screens.micro(), "gain"], rows)
         print()
     for origin, part in groupby(sorted(modelled, key=lambda each: each.origin), key=lambda each: each.origin):
@@ -144,18 +145,26 @@ def _print_rest(listed: _Listed, arguments: argparse.Namespace) -> None:
     if cache.root is None:
         screens.print_text(f"{contents.why_no_cache()[0].upper()}{contents.why_no_cache()[1:]}.")
     else:
-        screens.print_text(f"Cache: {cache.root.absolute()}")
+        screens.print_text(f"Cache: {cache.root}")
     if not found:
         there = [*cache.found, *listed.package]
         if arguments.kernel or arguments.architecture or arguments.device == "this":
             told = contents.what_there_is(cache.found, [] if arguments.shipped else listed.package)
-            screens.print_text(f"No entry is what was asked for; {told}." if there else "There are no entries.")
+            screens.print_text(f"There is no entry{_asked(arguments)}; {told}." if there else "There are no entries.")
             if listed.package and not arguments.shipped:
                 print("`show --shipped` lists what is shipped, too.")
         if not cache.found:
             print(f"No tuned layouts yet. To measure some, on the machine with the GPU:\n  {screens.tune_words(None)}")
     for path in cache.aside:
-        screens.print_text(f"set aside as unreadable: {path.relative_to(cache.root or Path())}; {contents.remedy()}")
+        name = path.relative_to(cache.root or Path())
+        screens.print_text(f"set aside as unreadable: {name}; {contents.remedy(path)}")
+
+
+def _asked(arguments: argparse.Namespace) -> str:
+    """What was asked for, in words."""
+    of = f" of {screens.listed(arguments.kernel)}" if arguments.kernel else ""
+    on = f" for {screens.listed(arguments.architecture)}" if arguments.architecture else ""
+    return f"{of}{on}{' for the GPU of this machine' * (arguments.device == 'this')}"
 
 
 def _as_json(each: Found, hidden: set[tuple[Identity, str]], candidates: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import contents, screens, shipped
-from .contents import Found
+from .contents import Broken, Contents, Found
 from .device import Identity
 from .doctor import why_unusable
 from .entry import Entry, is_believed
@@ -27,6 +27,9 @@ def export(arguments: argparse.Namespace) -> int:
         raise Failure(f"--out: there is no folder {arguments.out.absolute().parent}", USAGE)
     cache = contents.of_cache(contents.needed_root())
     package = contents.of_package()
+    unreadable = [each for each in cache.unreadable if _is_asked_for(each, cache, arguments)]
+    for broken in unreadable:  # first: it may be why there is nothing else
+        screens.complain(f"not exported: {broken}; {contents.remedy(broken.path)}")
     good = _exported(cache.found, package, arguments)
     known = sorted({each.identity.architecture for each in good})
     if len(known) > 1 and not arguments.architecture:
@@ -54,17 +57,14 @@ def export(arguments: argparse.Namespace) -> int:
     if stale:
         were = f"{screens.count(stale, 'entry was', 'entries were')} measured with another Triton than there is here"
         screens.complain(f"{were}: they are used all the same, and tuned again on request")
-    for path, why, what_to_do in cache.faulty:
-        screens.complain(f"not exported: {path}: {why}{what_to_do}")
     if arguments.json:
         found = {"file": str(arguments.out.absolute()), "entries": len(good), "left_out": len(slower), "stale": stale}
-        unreadable = [{"file": str(path), "why": why} for path, why, _ in cache.faulty]
         slugs = [identity.slug for identity in devices]
-        screens.write_json({**found, "devices": slugs, "unreadable": unreadable})
+        screens.write_json({**found, "devices": slugs, "unreadable": [each.as_json() for each in unreadable]})
     elif arguments.out is not None:
         there = screens.count(len(devices), "device")
         screens.print_text(f"{arguments.out}: {screens.count(len(good), 'entry', 'entries')} of {there}")
-    return FAILED if cache.faulty else DONE
+    return FAILED if unreadable else DONE
 
 
 def _write(path: Path, text: str) -> None:
@@ -74,6 +74,14 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     else:
         replace_text(path, text)
+
+
+def _is_asked_for(broken: Broken, cache: Contents, arguments: argparse.Namespace) -> bool:
+    """Whether a file would have layouts that are asked for."""
+    if arguments.kernel is not None and broken.kernel not in arguments.kernel:
+        return False
+    names = {each.lower() for each in arguments.architecture or ()}
+    return not names or cache.folders[broken.path.parent].architecture in names
 
 
 def _exported(found: list[Found], package: list[Found], arguments: argparse.Namespace) -> list[Found]:
@@ -90,8 +98,8 @@ def _exported(found: list[Found], package: list[Found], arguments: argparse.Name
         return good
     if measured:
         raise Failure("nothing to export: what was measured is for other versions of the kernels' code")
-    of = f" of {', '.join(arguments.kernel)}" if arguments.kernel else ""
-    of += f" for {', '.join(arguments.architecture)}" if arguments.architecture else ""
+    of = f" of {screens.listed(arguments.kernel)}" if arguments.kernel else ""
+    of += f" for {screens.listed(arguments.architecture)}" if arguments.architecture else ""
     there = contents.what_there_is([each for each in found if each.measured], [])
     raise Failure(f"nothing to export: the cache has no measured layouts{of}" + (f"; {there}" if found and of else ""))
 
@@ -106,7 +114,11 @@ def _without_candidates(each: Found) -> Entry:
 
 @dataclass
 class _Taken:
-    """What came of an import. failed: kernels' files that entries could not be put into, and why."""
+    """What came of an import.
+
+    failed: kernels' files that entries could not be put into, and why. lost: how many of each. aside: files of no use
+    that were in the place of these, under their new names.
+    """
 
     new: int = 0
     same: int = 0
@@ -114,6 +126,8 @@ class _Taken:
     undated: int = 0
     devices: set[Identity] = field(default_factory=set)
     failed: dict[Path, str] = field(default_factory=dict)
+    lost: Counter[Path] = field(default_factory=Counter)
+    aside: list[Path] = field(default_factory=list)
     skipped: dict[Path, Counter[str]] = field(default_factory=dict)
 
 
@@ -124,6 +138,7 @@ def take(arguments: argparse.Namespace) -> int:
     reason = contents.why_no_cache() if root is None else contents.why_no_folder(root) or why_unusable(root)
     if root is None or reason is not None:
         raise Failure(f"nothing could be kept: {reason}")
+    before = contents.of_cache(root).aside
     taken = _Taken()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a library says of its user's cache is said here in other words
@@ -131,7 +146,7 @@ def take(arguments: argparse.Namespace) -> int:
             skipped = taken.skipped.setdefault(path, Counter())
             for identity, entries in devices.items():
                 if contents.of_slug(identity.slug) != identity:  # a folder is named by it, and must be its own
-                    skipped[f"for {identity.slug!r}, which names no device"] += len(entries)
+                    skipped[f"for {identity.slug!r}, which is the name of no device"] += len(entries)
                     continue
                 for text, raw in entries.items():
                     each = contents.found_of(identity, "", text, "", raw)
@@ -140,6 +155,7 @@ def take(arguments: argparse.Namespace) -> int:
                         skipped[why or each.problem] += 1
                         continue
                     _take_one(each.entry, Store(identity, root), taken)
+    taken.aside = [path for path in contents.of_cache(root).aside if path not in before]
     code = DONE if taken.new + taken.same + taken.older + taken.undated and not taken.failed else FAILED
     if arguments.json:
         screens.write_json(_as_json(taken, root))
@@ -177,10 +193,14 @@ def _why_not_taken(each: Found) -> str | None:
 
 
 def _take_one(entry: Entry, store: Store, taken: _Taken) -> None:
-    before = store.get(entry.key)
     path = store.path(entry.key.kernel)
     assert path is not None
+    if path in taken.failed:  # whoever holds its lock would be waited for once more
+        taken.lost[path] += 1
+        return
+    before = store.get(entry.key)
     if not store.put(entry):
+        taken.lost[path] += 1
         try:  # once more, for the reason
             store.change(entry.key.kernel, lambda entries: entries)
         except OSError as error:
@@ -207,7 +227,7 @@ def _same(known: Entry, new: Entry) -> bool:
 
 def _as_json(taken: _Taken, root: Path) -> dict[str, Any]:
     return {
-        "cache": str(root.absolute()),
+        "cache": str(root),
         "new": taken.new,
         "already_there": taken.same,
         "older_than_what_was_there": taken.older,
@@ -219,6 +239,8 @@ def _as_json(taken: _Taken, root: Path) -> dict[str, Any]:
             for why, number in reasons.items()
         ],
         "failed": {str(path): why for path, why in taken.failed.items()},
+        "not_kept": taken.lost.total(),
+        "set_aside": [str(path) for path in taken.aside],
     }
 
 
@@ -227,12 +249,12 @@ def _print(taken: _Taken, root: Path) -> None:
         for why, number in reasons.items():
             screens.complain(f"{path}: skipped {screens.count(number, 'entry', 'entries')} {why}")
     for path, why in taken.failed.items():
-        screens.complain(f"{path} could not be written ({why}): its entries are not kept")
-    told = [f"Took {screens.count(taken.new, 'entry', 'entries')} into {root.absolute()}"]
-    if taken.devices:
-        told[0] = f"Took {screens.count(taken.new, 'entry', 'entries')} for " + (
-            f"{screens.count(len(taken.devices), 'device')} into {root.absolute()}"
-        )
+        entries = screens.count(taken.lost[path], "entry is", "entries are")
+        screens.complain(f"{path} could not be written ({why}): {entries} not kept")
+    for path in taken.aside:
+        screens.complain(f"a file that was of no use is now {path}; {contents.remedy(path)}")
+    of = f" for {screens.count(len(taken.devices), 'device')}" if taken.devices else ""
+    told = [f"Took {screens.count(taken.new, 'entry', 'entries')}{of} into {root}"]
     if taken.same:
         told.append(f"{taken.same} already there")
     if taken.older:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -12,12 +13,13 @@ from ..kernels.config import Device
 from . import choice, contents, machine, models, online, screens
 from .device import Identity
 from .doctor import why_unusable
+from .entry import Entry
 from .machine import Here
 from .models import DTYPES, USUAL_KERNELS, USUAL_LENGTHS, Layer, Wanted
 from .screens import DONE, FAILED, INTERRUPTED, NO_DEVICE, USAGE, Failure
 from .store import Store
 from .tuner import Tell, nobody
-from .work import Work, in_words
+from .work import Key, Work, in_words
 
 _FLOAT32 = (
     "hint: layers whose parameters are float32 compute so, also under autocast; "
@@ -59,20 +61,46 @@ def tune(arguments: argparse.Namespace) -> int:
     if arguments.architecture is not None:  # somewhere else
         numbers = machine.numbers_named(arguments.architecture)
         _check_tf32(numbers, arguments.architecture, layers)
-        store = Store(Identity.of(numbers), contents.root_of_cache())
-        return _tell_plan(_plan(layers, numbers, store, seconds, arguments), arguments)
-    here = machine.find(arguments.device)
+        return _tell_plan(_plan(layers, numbers, _known(numbers), seconds, arguments), arguments)
+    here = _find(arguments)
     for name in dict.fromkeys(layer.numbers for layer in layers):
         reason = machine.why_not_measured(here.device, DTYPES[name][0])
         if reason is not None:
             raise Failure(f"nothing is measured: {reason}", NO_DEVICE)
     _check_tf32(here.numbers, here.name, layers)
-    store = _store(here)
-    plan = _plan(layers, here.numbers, store, seconds, arguments)
     if arguments.dry_run:
-        return _tell_plan(plan, arguments)
+        return _tell_plan(_plan(layers, here.numbers, _known(here.numbers), seconds, arguments), arguments)
+    store = _store(here)
+    plan = _plan(layers, here.numbers, lambda key: store.get(key, again=True), seconds, arguments)
     print(plan, file=sys.stderr, flush=True)
     return _tune_all(plan, here, store, seconds, arguments)
+
+
+def _find(arguments: argparse.Namespace) -> Here:
+    """The device to measure on.
+
+    Raises:
+        Failure: there is none; what can be done without one.
+    """
+    try:
+        return machine.find(arguments.device)
+    except Failure as failure:
+        if failure.code != NO_DEVICE:
+            raise
+        again = "`tune --dry-run --architecture sm90` plans for a device that is not here"
+        raise Failure(f"{failure}; {again}", NO_DEVICE) from None
+
+
+def _known(numbers: Device) -> Callable[[Key], Entry | None]:
+    """What the cache has for a device, only looked at: a plan sets no file aside, and makes no folder."""
+    root = contents.root_of_cache()
+    cache, identity = contents.of_cache(root), Identity.of(numbers)
+    if root is None:
+        screens.complain(contents.why_no_cache())
+    for broken in cache.unreadable:
+        if broken.slug == identity.slug:
+            screens.complain(f"cannot be used: {broken}; {contents.remedy(broken.path)}")
+    return {each.entry.key: each.entry for each in cache.found if each.entry and each.identity == identity}.get
 
 
 def _check_tf32(numbers: Device, name: str, layers: list[Layer]) -> None:
@@ -81,15 +109,20 @@ def _check_tf32(numbers: Device, name: str, layers: list[Layer]) -> None:
         raise Failure(f"{name} has no TF32: its products are those of --dtype fp32", USAGE)
 
 
-def _plan(layers: list[Layer], numbers: Device, store: Store, seconds: float, arguments: argparse.Namespace) -> _Plan:
+def _plan(
+    layers: list[Layer],
+    numbers: Device,
+    known: Callable[[Key], Entry | None],
+    seconds: float,
+    arguments: argparse.Namespace,
+) -> _Plan:
     kernels = tuple(arguments.kernels or USUAL_KERNELS)
     batches = dict.fromkeys(arguments.batch)
     lengths = dict.fromkeys(arguments.lengths or USUAL_LENGTHS)
     wanted = [Wanted(batch, each, kernels) for batch in batches for each in lengths]
     all_works = [work for layer in layers for each in wanted for work in models.works_of(layer, each)]
     works = models.without_doubles(all_works)
-    known = {work: store.get(work.key, again=True) for work in works}
-    settled = {work for work in works if not arguments.force and machine.is_settled(work, numbers, known[work])}
+    settled = {work for work in works if not arguments.force and machine.is_settled(work, numbers, known(work.key))}
     return _Plan(works, settled, seconds * (len(works) - len(settled)))
 
 
@@ -116,6 +149,7 @@ def _store(here: Here) -> Store:
 
 def _tune_all(plan: _Plan, here: Here, store: Store, seconds: float, arguments: argparse.Namespace) -> int:
     works, settled = plan.works, plan.settled
+    root = contents.root_of_cache()
     done: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     interrupted = False
@@ -139,9 +173,14 @@ def _tune_all(plan: _Plan, here: Here, store: Store, seconds: float, arguments: 
                 done.append(told)
     except KeyboardInterrupt:
         interrupted = True
-        screens.complain(f"interrupted: {len(done)} of {len(works)} are tuned, and kept in {store.folder}")
+        screens.complain(f"interrupted: {len(done)} of {len(works)} are tuned, and kept in {root}")
     if arguments.json:
-        told = {"device": here.identity._asdict(), "cache": str(store.root), "tuned": done, "failed": failed}
+        told = {
+            "device": here.identity._asdict(),
+            "cache": str(root),
+            "tuned": done,
+            "failed": failed,
+        }
         screens.write_json({**told, "interrupted": interrupted})
     return INTERRUPTED if interrupted else FAILED if failed else DONE
 
@@ -170,7 +209,7 @@ def _tune_one(
     anew = entry != before
     kept = Store(store.identity, store.root).get(work.key)  # as another process sees it
     if kept is None or kept.layout != entry.layout:
-        raise Failure(f"its layout could not be kept in {store.folder}")
+        raise Failure(f"its layout could not be kept in {contents.root_of_cache()}")
     return {
         "line": screens.result_line(entry, anew=anew),
         "key": str(work.key),

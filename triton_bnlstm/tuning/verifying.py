@@ -37,8 +37,10 @@ def verify(arguments: argparse.Namespace) -> int:
     here = machine.find_any()
     cache = contents.of_cache(contents.needed_root())
     found = sorted(cache.found, key=contents.by_size)
+    others = 0
     if here is not None:
         found = [each for each in found if each.identity.slug == here.identity.slug]
+        others = len(cache.found) - len(found)
     until = time.monotonic() + arguments.seconds if arguments.seconds else float("inf")
     verdicts = []
     for k, each in enumerate(found):
@@ -47,18 +49,16 @@ def verify(arguments: argparse.Namespace) -> int:
         if verdict.state == FITS and here is not None:
             verdict = _on_device(each, here, title, until)
         verdicts.append(verdict)
-    unreadable = [
-        (path, why) for path, why, _ in cache.faulty if here is None or path.parent.name == here.identity.slug
-    ]
+    unreadable = [each for each in cache.unreadable if here is None or each.slug == here.identity.slug]
     bad = sum(verdict.state in (WRONG, SLOW) for verdict in verdicts) + len(unreadable)
-    unchecked = _not_checked(here, found)
+    unchecked = _not_checked(here, found, others)
     if arguments.json:
         screens.write_json(
             {
-                "cache": None if cache.root is None else str(cache.root),
+                "cache": str(cache.root),
                 "device": None if here is None else here.identity._asdict(),
                 "entries": [_as_json(each, verdict) for each, verdict in zip(found, verdicts, strict=True)],
-                "unreadable": [{"file": str(path), "why": why} for path, why in unreadable],
+                "unreadable": [each.as_json() for each in unreadable],
                 "not_checked": unchecked,
                 "problems": bad,
             }
@@ -66,8 +66,8 @@ def verify(arguments: argparse.Namespace) -> int:
         return FAILED if bad else DONE
     for text in unchecked:
         screens.print_text(f"Not checked: {text}.")
-    for path, why in unreadable:
-        screens.print_text(f"wrong        {path}: {why}", "             ")
+    for broken in unreadable:
+        screens.print_text(f"wrong        {broken}", "             ")
     for each, verdict in zip(found, verdicts, strict=True):
         ratio = "" if verdict.ratio is None else f", {verdict.ratio:.2f} of the default's time"
         line = f"{verdict.state:<12} {_name(each)}{': ' + verdict.why if verdict.why else ''}{ratio}"
@@ -78,16 +78,17 @@ def verify(arguments: argparse.Namespace) -> int:
         + (f", {left} not checked" if left else "")
         + ("; none was run" if here is None and found else "")
     )
-    if cache.unreadable or any(each.of_other_code or each.entry is None for each in found):
-        screens.print_text(f"{contents.remedy()}.")
+    foreign = [each.path for each in unreadable if each.is_foreign]
+    if foreign or any(each.of_other_code or each.entry is None for each in found):
+        screens.print_text(f"{contents.remedy(*foreign)}.")
     stale = [each for each in found if each.is_stale and not each.of_other_code]
     if stale:
         were = f"{screens.count(len(stale), 'entry was', 'entries were')} measured with another Triton, and still used"
-        screens.print_text(f"{were}. To measure anew, for instance: `{screens.tune_words(stale[0].entry)}`.")
+        screens.print_text(f"{were}. Measured anew by, for instance: {screens.tune_words(stale[0].entry)}")
     slow = [each for each, verdict in zip(found, verdicts, strict=True) if verdict.state == SLOW]
     if slow:
         again = f"{screens.tune_words(slow[0].entry)} --force"
-        screens.print_text(f"What is slower than the default is measured again by, for instance: `{again}`.")
+        screens.print_text(f"What is slower than the default is measured again by, for instance: {again}")
     return FAILED if bad else DONE
 
 
@@ -96,14 +97,16 @@ def _name(each: Found) -> str:
     return f"{each.identity.slug} {what}"
 
 
-def _not_checked(here: Here | None, found: list[Found]) -> list[str]:
-    """What this run could not look at."""
+def _not_checked(here: Here | None, found: list[Found], others: int) -> list[str]:
+    """What this run could not look at. others: entries of devices that are not here."""
     if here is not None:
-        return []
-    told = ["without a GPU no kernel was compiled or run, so neither results nor times"]
+        return [f"{screens.count(others, 'entry', 'entries')} of other devices than the one that is here"] * (
+            others > 0
+        )
+    told = ["without a GPU no kernel was compiled or run, so neither results nor times were looked at"]
     unknown = sorted({each.identity.slug for each in found if machine.numbers_of(each.identity) is None})
     if unknown:
-        told.append(f"whether layouts fit {', '.join(unknown)}, whose numbers are not known here")
+        told.append(f"whether layouts fit {screens.listed(unknown)}, whose numbers are not known here")
     return told
 
 
