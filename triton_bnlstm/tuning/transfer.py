@@ -29,7 +29,7 @@ def export(arguments: argparse.Namespace) -> int:
     package = contents.of_package()
     unreadable = [each for each in cache.unreadable if _is_asked_for(each, cache, arguments)]
     for broken in unreadable:  # first: it may be why there is nothing else
-        screens.complain(f"not exported: {broken}; {contents.remedy(broken.path)}")
+        screens.complain(f"not exported: {broken}{broken.advice}")
     good = _exported(cache.found, package, arguments)
     known = sorted({each.identity.architecture for each in good})
     if len(known) > 1 and not arguments.architecture:
