@@ -77,7 +77,11 @@ def items() -> list[Item]:
 
 def toy_items() -> list[Item]:
     """The same at sizes for an interpreter, each once."""
-    options = {"tune": {"most": 2, "rounds": 1, "seconds": 9.0}, "bench": {"rounds": 1}, "stages": {"rounds": 1}}
+    options: dict[str, dict[str, Any]] = {
+        "tune": {"most": 2, "rounds": 1, "seconds": 9.0},
+        "bench": {"rounds": 1},
+        "stages": {"rounds": 1},
+    }
     found: dict[str, Item] = {}
     for item in items():
         case = item.case.toy() if item.case else None
