@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -51,6 +52,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_disable = True
     config.option.benchmark_only = False  # these tests are all that there is to be left
     torch.set_num_threads(1)  # toy tensors: more threads would only wait for each other
+    with contextlib.suppress(ModuleNotFoundError):  # there may be no Triton
+        from bench.interpreter import quicken
+
+        quicken()
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

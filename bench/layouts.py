@@ -110,7 +110,9 @@ def tune(
     found = []
     for way in WAYS:
         work = work_of(case, way)
-        watched = _Watched(bench_of(work, device), way, skip or {}, most, tell, device)
+        # in the interpreter nothing is measured: no more steps than the case has
+        steps = case.steps if device.type == "cpu" else None
+        watched = _Watched(bench_of(work, device, steps), way, skip or {}, most, tell, device)
         share = {"seconds": seconds / len(WAYS), "rounds": rounds}
         sizes = {"hidden": case.hidden, "batch": case.batch, "columns": 0}
         try:

@@ -46,12 +46,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _language_is_patched_once():
+def _quick_interpreter():
     try:
-        from tests.support.interpreter import patch_language_once
-    except ModuleNotFoundError:  # no Triton: nothing to patch
+        from bench.interpreter import quicken
+    except ModuleNotFoundError:  # no Triton: nothing to quicken
         return
-    patch_language_once()
+    quicken()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

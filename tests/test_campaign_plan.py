@@ -117,8 +117,9 @@ def test_a_pool_outlives_tests_that_crash_and_hang(tmp_path, monkeypatch):
     """)
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\n")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # none is needed, and each process would import them
     monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_tests, "SECONDS_OF_A_PROCESS", 6.0)
+    monkeypatch.setattr(gpu_tests, "SECONDS_OF_A_PROCESS", 5.0)
     monkeypatch.setattr(gpu_tests, "SECONDS_OF_A_TEST", 0.0)
     monkeypatch.setattr(gpu_tests, "CHUNK", 6)
     tests = gpu_tests.collect(60, ("tests/test_gpu.py",))

@@ -19,6 +19,8 @@ pytest.importorskip("pytest_benchmark")
 ROOT = Path(__file__).parents[1]
 # a process of its own is not one of pytest-xdist's, which are never timed
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+# other tests run beside: more threads than one only wait for each other, at a multiple of the work
+ENVIRONMENT["OMP_NUM_THREADS"] = "1"
 
 
 def run(*options):

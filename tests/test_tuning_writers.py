@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -91,55 +93,56 @@ def test_sixteen_processes_tune_and_write_at_once(tmp_path):
     assert not list(tmp_path.rglob("*.corrupt*"))
 
 
-HAMMER = textwrap.dedent(
-    """
-    import sys
-    from dataclasses import replace
-    from pathlib import Path
-    from tests.support.tuning import H100, WORK, entry
-    from triton_bnlstm.tuning.device import Identity
-    from triton_bnlstm.tuning.store import Store
-    store = Store(Identity.of(H100), Path(sys.argv[1]))
-    print("ready", flush=True)
-    k = 0
-    while True:
-        k += 1
+def hammer(folder, tell):
+    """Write entries for ever, and tell the number of each that is written."""
+    store = Store(IDENTITY, folder)
+    for k in itertools.count(1):
         store.put(entry(replace(WORK, batch=16 << (k % 8)), at=float(k)))
-        print(k, flush=True)
-    """
-)
+        tell.send(k)
+
+
+def hammering(folder):
+    """A process that does so, forked from one that has imported everything and does nothing; and what it tells."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+    told, tell = processes.Pipe(duplex=False)
+    process = processes.Process(target=hammer, args=(folder, tell), daemon=True)
+    process.start()
+    tell.close()
+    return process, told
 
 
 def test_a_writer_may_be_killed_at_any_moment(tmp_path):
     """After each kill the file is whole, has all that was reported as written, and can be written."""
-    processes = [start(HAMMER, tmp_path, tmp_path) for _ in range(2)]
+    writers = [hammering(tmp_path) for _ in range(2)]
     store = Store(IDENTITY, tmp_path)
     reader = Store(IDENTITY, tmp_path)
     kills = 0
     try:
-        for process in processes:
-            assert process.stdout.readline() == "ready\n"
         for delay in (0.0, 0.003, 0.011, 0.023, 0.041):
-            for place, process in enumerate(processes):
-                written = [process.stdout.readline() for _ in range(3)]
+            for place, (process, told) in enumerate(writers):
+                written = [told.recv() for _ in range(3)]
                 time.sleep(delay)
-                process.send_signal(signal.SIGKILL)
-                process.communicate()
+                assert process.is_alive()
+                process.kill()
+                process.join()
+                assert process.exitcode == -signal.SIGKILL
+                told.close()
                 kills += 1
                 entries = read_file(store.path("forward"))  # raises where it is not whole
-                assert len(entries) >= min(3, int(written[-1]))
+                assert len(entries) >= min(3, written[-1])
                 for told in entries.values():
                     Entry.of_json(told)
                 assert reader.put(entry(replace(WORK, hidden=100 * kills, batch=16), at=1e9))
                 if kills <= 6:
-                    processes[place] = start(HAMMER, tmp_path, tmp_path)
-                    assert processes[place].stdout.readline() == "ready\n"
+                    writers[place] = hammering(tmp_path)
             if kills >= 8:
                 break
     finally:
-        for process in processes:
+        for process, told in writers:
             process.kill()
-            process.communicate()
+            process.join()
+            told.close()
     entries = read_file(store.path("forward"))
     assert {f"H{hidden_bucket(100 * k)}" for k in range(1, kills + 1)} <= {text.split()[2] for text in entries}
     assert not list(tmp_path.rglob("*.corrupt*"))

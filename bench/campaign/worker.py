@@ -17,6 +17,7 @@ _ANSWERS = os.fdopen(os.dup(1), "w", buffering=1) if __name__ == "__main__" else
 if _ANSWERS is not None:
     os.dup2(2, 1)
 
+import contextlib
 import json
 import sys
 import threading
@@ -137,6 +138,11 @@ def _end_with(parent: int) -> None:
 def main() -> None:
     """Serve items until there are no more."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    if os.environ.get("TRITON_INTERPRET") == "1":  # a dry run
+        with contextlib.suppress(ModuleNotFoundError):  # there may be no Triton
+            from ..interpreter import quicken
+
+            quicken()
 
     def answer(**message: Any) -> None:
         assert _ANSWERS is not None

@@ -1,6 +1,6 @@
 """Ways into Triton's interpreter: which program runs, what it touches in memory, where in the kernel it stands.
 
-Everything here patches the interpreter of the running process and takes the patch back, except `patch_language_once`.
+Everything here patches the interpreter of the running process and takes the patch back.
 It works on Triton 3.3 to 3.9, whose interpreters differ in arguments that nothing here looks at.
 """
 
@@ -23,40 +23,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
+from bench.interpreter import quicken
+
 Place = tuple[int, ...]  # of a program in its grid, always three numbers
 
 _NOT_OF_A_KERNEL = (str(Path(triton.__file__).parent), str(Path(__file__).parent), threading.__file__)
 # what tells a reader how far a program is: steps, what it waits for, rows
 _TOLD = ("t", "target", "start")
-
-
-def patch_language_once() -> None:
-    """Let a launch patch triton.language once, not again at every call of a device function.
-
-    The interpreter does that, with the same result each time, which takes 40 % of its time for these kernels.
-    """
-    if hasattr(interpreter, "_patch_lang_at_every_call"):
-        return
-    patch = interpreter._patch_lang_at_every_call = interpreter._patch_lang
-    patched: set[frozenset[str]] = set()  # in this launch, by the names under which a function's module knows it
-
-    def once(function: Any) -> Any:
-        modules = frozenset(m.__name__ for m in function.__globals__.values() if m in (tl, tl.core))
-        if modules in patched:
-            return _NoScope
-        scope = patch(function)
-        if not patched and scope is not None:  # a kernel's; before Triton 3.6 patches stay for good
-            restore = scope.restore
-
-            def leave() -> None:
-                patched.clear()
-                restore()
-
-            scope.restore = leave
-        patched.add(modules)
-        return scope
-
-    interpreter._patch_lang = once
 
 
 def program_place() -> Place:
@@ -155,19 +128,13 @@ def threads_as_programs(grid: Place, kernel: Any) -> Iterator[Callable[[Place], 
     with as_program((0, 0, 0), grid), pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.interpreter_builder, "set_grid_idx", lambda *_: None)
         patch.setattr(builder, "grid_idx", property(lambda _: own.place, lambda *_: None), raising=False)
-        patch_language_once()
+        quicken()
         scope = interpreter._patch_lang(kernel.rewrite())  # no program is the first to patch, nor the last
         try:
             yield enter
         finally:
             if scope is not None:
                 scope.restore()
-
-
-class _NoScope:
-    @staticmethod
-    def restore() -> None:
-        pass
 
 
 def _number(value: Any) -> int | None:
