@@ -226,6 +226,10 @@ def check_out_of_reach(capsys, root, make):
     make(path)
     code, out, _ = run(capsys, "show")
     assert (code, "cannot be used: " in words(out), "clear --unused" in words(out)) == (FAILED, True, False)
+    for command in (["show"], ["verify"], ["doctor"], [*SIZES, "--dry-run", "--architecture", "sm90"]):
+        _, out, err = run(capsys, *command)
+        assert "); let it be read, or remove it yourself" in words(out + err)
+    assert run(capsys, "clear", "--unused", "--dry-run")[0] == FAILED  # as without it
     code, _, err = run(capsys, "clear", "--unused")
     assert (code, "forward.json could not be changed (it cannot be read" in err, path.exists()) == (FAILED, True, True)
     assert run(capsys, "clear", "--all")[0] == DONE

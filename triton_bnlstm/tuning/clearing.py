@@ -121,17 +121,19 @@ def _tell_plan(plan: _Plan, root: Path, arguments: argparse.Namespace) -> int:
     if arguments.json:
         keys = [{"device": each.identity.slug, "key": each.text} for each in going]
         told = {"cache": str(root), "would_remove": keys, "files": [str(path) for path in files]}
-        screens.write_json(told)
-        return DONE
+        screens.write_json({**told, "failed": {str(path): why for path, why in plan.denied.items()}})
+        return FAILED if plan.denied else DONE
     for each in going:
         what = each.text if each.entry is None else screens.key_words(each.entry.key)
         print(f"{each.identity.slug} {what}")
     for path in files:
         print(f"the file {path.relative_to(root)}")
+    for path, why in plan.denied.items():
+        screens.complain(f"{path} could not be changed ({why})")
     entries = screens.count(len(going), "entry", "entries")
     more = f" and {screens.count(len(files), 'file')}" if files else ""
     screens.print_text(f"Would remove {entries}{more} from {root}{_stale_by(arguments)}")
-    return DONE
+    return FAILED if plan.denied else DONE
 
 
 def _carry_out(plan: _Plan, cache: Contents, arguments: argparse.Namespace) -> _Done:

@@ -253,7 +253,7 @@ def parser() -> argparse.ArgumentParser:
     made = add("clear", clear, "remove entries from the cache")
     what = made.add_mutually_exclusive_group()
     what.add_argument("--all", action="store_true", help="everything, with files that were set aside or left behind")
-    unused = "what no call uses: of another version of the kernels' code, or unreadable, and files set aside as such"
+    unused = "what no call uses: entries of another version of the kernels' code, or broken; broken files, also aside"
     what.add_argument("--unused", action="store_true", help=unused)
     what.add_argument("--stale", action="store_true", help=f"{stale_hint()}; of this machine's GPU without --device")
     add_kernel(made)

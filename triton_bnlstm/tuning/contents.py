@@ -91,7 +91,7 @@ class Broken(NamedTuple):
     """A file that cannot be used.
 
     path: which. why: the reason. is_foreign: it can be read, and is not one of ours or not whole: who next looks for a
-    layout in it sets it aside.
+    layout in it sets it aside. Else it could not be looked into, and may be all right.
     """
 
     path: Path
@@ -111,7 +111,7 @@ class Broken(NamedTuple):
     @property
     def advice(self) -> str:
         """What to do about it; what cannot be read may be all right, and somebody else's."""
-        return f"; {remedy(self.path)}" if self.is_foreign else ""
+        return f"; {remedy(self.path)}" if self.is_foreign else "; let it be read, or remove it yourself"
 
     def as_json(self) -> dict[str, str]:
         """For `--json`."""

@@ -99,7 +99,7 @@ def _known(numbers: Device) -> Callable[[Key], Entry | None]:
         screens.complain(contents.why_no_cache())
     for broken in cache.unreadable:
         if broken.slug == identity.slug:
-            screens.complain(f"cannot be used: {broken}; {contents.remedy(broken.path)}")
+            screens.complain(f"cannot be used: {broken}{broken.advice}")
     return {each.entry.key: each.entry for each in cache.found if each.entry and each.identity == identity}.get
 
 

@@ -67,7 +67,8 @@ def verify(arguments: argparse.Namespace) -> int:
     for text in unchecked:
         screens.print_text(f"Not checked: {text}.")
     for broken in unreadable:
-        screens.print_text(f"wrong        {broken}", "             ")
+        more = "" if broken.is_foreign else broken.advice  # of the others at the end
+        screens.print_text(f"wrong        {broken}{more}", "             ")
     for each, verdict in zip(found, verdicts, strict=True):
         ratio = "" if verdict.ratio is None else f", {verdict.ratio:.2f} of the default's time"
         line = f"{verdict.state:<12} {_name(each)}{': ' + verdict.why if verdict.why else ''}{ratio}"
@@ -100,9 +101,8 @@ def _name(each: Found) -> str:
 def _not_checked(here: Here | None, found: list[Found], others: int) -> list[str]:
     """What this run could not look at. others: entries of devices that are not here."""
     if here is not None:
-        return [f"{screens.count(others, 'entry', 'entries')} of other devices than the one that is here"] * (
-            others > 0
-        )
+        left = f"{screens.count(others, 'entry', 'entries')} of other devices than the one that is here"
+        return [left] if others else []
     told = ["without a GPU no kernel was compiled or run, so neither results nor times were looked at"]
     unknown = sorted({each.identity.slug for each in found if machine.numbers_of(each.identity) is None})
     if unknown:
