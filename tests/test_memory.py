@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any
 
@@ -88,12 +89,25 @@ def test_bytes_saved(save, kind, columns, cell_norm, dtype, monkeypatch):
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all tensors that are made within it and are still there, and the most there were."""
+    """Bytes of all tensors that are made within it and are still there, and the most there were.
+
+    What only Python's garbage collector would free is not there: Triton's interpreter leaves each launch's tensors in
+    circles of references.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._known: set[int] = set()
+
+    def __enter__(self):
+        gc.collect()
+        gc.freeze()  # so that what is there already is not looked through again and again
+        return super().__enter__()
+
+    def __exit__(self, *of):
+        super().__exit__(*of)
+        gc.unfreeze()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -108,7 +122,9 @@ class Live(TorchDispatchMode):
             return
         self._known.add(place)
         self.now += size
-        self.peak = max(self.peak, self.now)
+        if self.now > self.peak:
+            gc.collect()
+            self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._forget, place, size)
 
     def _forget(self, place: int, size: int) -> None:
