@@ -11,7 +11,7 @@ import torch
 
 from bench.aot.targets import TARGETS
 from bench.fit_model import errors, fitted, measured, orders
-from triton_bnlstm.kernels import model
+from triton_bnlstm.kernels import backward_config, forward_config, model
 from triton_bnlstm.kernels.config import BackwardConfig, Config
 from triton_bnlstm.kernels.model import preferred
 from triton_bnlstm.tuning import Work, space
@@ -94,6 +94,16 @@ def test_step_mode_is_chosen_where_a_graph_gains_more_than_its_absence_loses():
     assert preferred(step, 30e-6) > 30e-6  # from the host it takes longer
     assert preferred(step, 30e-6, launches=2) > preferred(step, 30e-6)
     assert preferred(step, 1e-3) == pytest.approx(1e-3)  # the device is what takes long
+
+
+@pytest.mark.parametrize("kernel", ["forward", "inference", "backward"])
+def test_a_layer_that_is_not_tuned_asks_the_model_once(kernel, monkeypatch):
+    """Not at each of its calls."""
+    work = Work(kernel, 643, 61, 1, torch.bfloat16)
+    first = space.analytic(H100, work)
+    for module in (forward_config, backward_config):
+        monkeypatch.setattr(module, "preferred", lambda *_: pytest.fail("asked again"))
+    assert space.analytic(H100, work) is first
 
 
 def test_the_default_is_the_one_that_the_model_prefers():

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 
 import torch
@@ -111,6 +112,7 @@ def bytes_around_the_loop(hidden: int, columns: int, size: int, *, save: str) ->
     return loop + centred + products + again
 
 
+@lru_cache(maxsize=4096)  # each call of an untuned layer asks, and looking at all divisions takes most of a millisecond
 def default_backward_config(
     device: Device, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str, *, steps: int
 ) -> BackwardConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from .config import (
@@ -16,6 +18,7 @@ from .config import (
 from .model import forward_seconds, preferred
 
 
+@lru_cache(maxsize=4096)  # each call of an untuned layer asks
 def default_config(
     device: Device,
     hidden: int,
