@@ -52,6 +52,8 @@ def measured(folder: Path = RESULTS) -> list[Timed]:
             found[identity, str(entry.key)] = entry
     for path in sorted(folder.glob("*/campaign.json")):
         for layout in json.loads(path.read_text(encoding="utf-8"))["layouts"]:
+            if "entry" not in layout:  # nothing could be measured
+                continue
             entry = Entry.of_json(layout["entry"])  # with every layout that was tried
             found[Identity.of_json(layout["device"]), str(entry.key)] = entry
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from itertools import product
@@ -36,6 +37,13 @@ def test_the_model_takes_nearly_the_fastest():
     found = orders(TIMED)
     assert len(found) >= 15
     assert max(order.behind for order in found.values()) < 1.05, found
+
+
+def test_a_campaign_in_which_tuning_failed_is_read(tmp_path):
+    (tmp_path / "board").mkdir()
+    record = {"layouts": [{"case": "c", "way": "forward", "tried": 0, "failed": {"all": "no memory"}}]}
+    (tmp_path / "board" / "campaign.json").write_text(json.dumps(record))
+    assert {each.name for each in measured(tmp_path)} == {each.name for each in measured()}
 
 
 def test_the_fit_finds_the_rates_again():
