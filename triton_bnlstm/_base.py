@@ -9,21 +9,21 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from . import checks, functional
 from .backend import BACKENDS, SAVE_CHOICES, requested_backend
 from .dispatch import run
 from .packing import Packing
+from .precision import in_dtype
 from .recompute import Calls, fingerprint, in_backward
 from .reference import Call, Parameters, Problem, accumulation_dtype
+from .resolved import forget, resolved_statistics
 from .statistics import (
     Moments,
     Population,
     Statistics,
     pool,
     population_at_steps,
-    resolve_statistics,
     training_population,
     update_statistics_,
 )
@@ -148,6 +148,15 @@ class BNLSTMBase(nn.Module):
         found: list[Any] = [getattr(self, name + suffix, None) for name in Parameters._fields]
         return Parameters(*found)
 
+    def _checked_parameters(self, suffix: str, columns: int) -> Parameters:
+        """Of the sizes that they are used in: somebody may have replaced one."""
+        parameters = self._parameters_of(suffix)
+        functional.check_parameters(parameters, "", suffix)
+        if parameters.weight_ih.shape[1] != columns or parameters.weight_hh.shape[1] != self.hidden_size:
+            shapes = f"{tuple(parameters.weight_ih.shape)} and {tuple(parameters.weight_hh.shape)}"
+            raise ValueError(f"weight_ih{suffix} and weight_hh{suffix} {shapes} are not of this layer's size")
+        return parameters
+
     def _statistics_of(self, suffix: str) -> Statistics:
         """The buffers themselves."""
 
@@ -258,20 +267,20 @@ class BNLSTMBase(nn.Module):
         """Training mode (batch statistics) or evaluation (population statistics)."""
         if not mode:
             self._tell_skipped_steps()
-        self._resolved.clear()  # writes through .data leave no trace: a change of mode is the time to look again
+        for suffix in self._all_suffixes():
+            forget(self._statistics_of(suffix))  # a change of mode is the time to look again
         super().train(mode)
         return self
 
     def _forget_the_moment(self) -> None:
         """Drop what lasts from one call to another but is no part of the layer's state."""
-        self._resolved: dict[str, tuple[list[Tensor], list[int], Statistics]] = {}
         self._calls = Calls()
         self._asked_for: str | None = None
         self._intercept: Callable[[Tensor, Packing, States | None, int], Pass] | None = None
         self._skip_told = False
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("_resolved", "_calls", "_asked_for", "_intercept")
+        transient = ("_calls", "_asked_for", "_intercept")
         return {name: value for name, value in self.__dict__.items() if name not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -283,22 +292,8 @@ class BNLSTMBase(nn.Module):
     # One pass over all layers and directions
 
     def _population_of(self, suffix: str, start: int, steps: int) -> Population:
-        """What evaluation normalises by. Resolved statistics are kept until a buffer changes."""
-        statistics = self._statistics_of(suffix)
-        buffers: list[Tensor] = [s for m in statistics[:3] if m is not None for s in m] + [self.rows]
-        # Inference tensors do not tell when they change. What a CUDA graph makes belongs to it, and what it reads has
-        # to be there as long as it is: neither goes through the cache.
-        if any(buffer.is_inference() for buffer in buffers) or _capturing(self.rows):
-            resolved = resolve_statistics(statistics)
-        else:
-            versions = [buffer._version for buffer in buffers]
-            kept = self._resolved.get(suffix)
-            if kept and kept[1] == versions and all(a is b for a, b in zip(kept[0], buffers, strict=True)):
-                resolved = kept[2]
-            else:
-                with torch.inference_mode(False), torch.no_grad():  # to be used outside inference mode too
-                    resolved = resolve_statistics(statistics)
-                self._resolved[suffix] = (buffers, versions, resolved)
+        """What evaluation normalises by."""
+        resolved = resolved_statistics(self._statistics_of(suffix))
         return population_at_steps(resolved, start, steps, None, self.input_stats == "time")
 
     def _through_layers(
@@ -323,20 +318,17 @@ class BNLSTMBase(nn.Module):
             calls = []
             for direction, suffix in enumerate(directions):
                 place = k * len(directions) + direction
+                parameters = self._checked_parameters(suffix, x.shape[1])
                 if hx is not None:
                     h, c = hx[0][place], hx[1][place]
                 else:
-                    h = c = x.new_zeros(packing.batch, self.hidden_size)
+                    h = x.new_zeros(packing.batch, self.hidden_size)
+                    c = torch.zeros_like(h, dtype=parameters.weight_hh.dtype)
                     if regularise and self.initial_noise > 0:
                         h = torch.randn_like(h) * self.initial_noise
                 problem = Problem(packing, populations[place], self.input_stats == "time", self.eps)
                 turned = x if direction == 0 or mirrored is None else x.index_select(0, mirrored)
-                parameters = self._parameters_of(suffix)
-                functional.check_parameters(parameters, "", suffix)
-                if parameters.weight_ih.shape[1] != x.shape[1] or parameters.weight_hh.shape[1] != self.hidden_size:
-                    shapes = f"{tuple(parameters.weight_ih.shape)} and {tuple(parameters.weight_hh.shape)}"
-                    raise ValueError(f"weight_ih{suffix} and weight_hh{suffix} {shapes} are not of this layer's size")
-                calls.append(Call(turned, h, c, parameters, problem))
+                calls.append(Call(turned, h, c, in_dtype(parameters, x.dtype), problem))
             outputs = []
             for direction, ran in enumerate(run(calls, backend, save, self.autotune)):
                 outputs.append(ran.rows if direction == 0 or mirrored is None else ran.rows.index_select(0, mirrored))
@@ -349,16 +341,7 @@ class BNLSTMBase(nn.Module):
         return Pass(x, torch.stack(h_n), torch.stack(c_n), moments)
 
     def _run(self, x: Tensor, packing: Packing, hx: States | None, start: int) -> Pass:
-        """A call of the layer: by its mode, and in training with the one write to the statistics.
-
-        torch.compile leaves it as it is, with a graph break: a loop over steps would take minutes to trace, and a
-        write to the statistics has no place in a graph.
-        """
-        if torch.compiler.is_compiling():
-            return _run_uncompiled(self, x, packing, hx, start)
-        return self._run_eagerly(x, packing, hx, start)
-
-    def _run_eagerly(self, x: Tensor, packing: Packing, hx: States | None, start: int) -> Pass:
+        """A call of the layer: by its mode, and in training with the one write to the statistics."""
         if self._intercept is not None:
             return self._intercept(x, packing, hx, start)
         if self.training:
@@ -418,15 +401,6 @@ class BNLSTMBase(nn.Module):
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-
-def _capturing(on: Tensor) -> bool:
-    """Whether the current stream of the tensor's device records a graph instead of running."""
-    return on.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-# Lazily: importing torch._dynamo takes a second, which nobody should pay who does not compile.
-_run_uncompiled = _disable_dynamo(BNLSTMBase._run_eagerly)
 
 
 def _orthogonal_(weight: Tensor) -> None:

@@ -23,6 +23,15 @@ _VARIABLE = "TRITON_BNLSTM_BACKEND"
 _chosen: ContextVar[str | None] = ContextVar("triton_bnlstm_backend", default=None)
 
 
+class _Shown:
+    """What the innermost `use_backend` of any thread says, for torch.compile: it cannot watch a ContextVar."""
+
+    backend: str | None = None
+
+
+_shown = _Shown()
+
+
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Within it, layers and functions that name no backend use this one: "auto", "reference" or "triton".
@@ -30,11 +39,14 @@ def use_backend(backend: str) -> Iterator[None]:
     Raises:
         TypeError, ValueError: no such backend.
     """
+    before = _chosen.get()
     token = _chosen.set(checks.choice("backend", backend, BACKENDS))
+    _shown.backend = backend
     try:
         yield
     finally:
         _chosen.reset(token)
+        _shown.backend = before
 
 
 def requested_backend(argument: str | None) -> str:
@@ -46,6 +58,14 @@ def requested_backend(argument: str | None) -> str:
     if argument is not None:
         return checks.choice("backend", argument, BACKENDS)
     return _chosen.get() or checks.choice(_VARIABLE, os.environ.get(_VARIABLE) or "auto", BACKENDS)
+
+
+def traced_backend(argument: str | None) -> str:
+    """`requested_backend` in code that torch.compile traces, which it does again when the answer is another one."""
+    chosen = _shown.backend if argument is None else argument
+    if chosen is None:
+        chosen = os.environ.get(_VARIABLE) or "auto"
+    return checks.choice("backend", chosen, BACKENDS)
 
 
 @lru_cache(maxsize=1)

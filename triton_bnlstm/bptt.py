@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .precision import without_autocast
 from .reference import Call, Parameters, Problem, Ran, Saved, Used, accumulation_dtype, centre
 from .statistics import Population, Statistics
 
 # Rows whose pre-activation gradients are held at once: enough for an efficient weight-gradient GEMM, few enough for
 # them to stay in a CPU's cache.
 _BLOCK_ROWS = 256
+
+INPUTS = 3 + len(Parameters._fields)  # of a direction: x, h_0, c_0 and the parameters
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # (gradient, sigmoid's output, grad_input=)
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
@@ -215,15 +218,11 @@ def backward(
         weight = cast(Tensor, cast(Population, problem.population).weight).to(wide)[:, None]
         d_weight_ih.addmm_(norm_ih.row_sums(weight, used.pull).t(), cast(Tensor, used.x_mean))
 
-    d_parameters = Parameters(
-        d_weight_ih.to(dtype),
-        d_weight_hh.to(dtype),
-        None if p.bias is None else norm_hh.shift_gradient().to(dtype),
-        norm_ih.gamma_gradient().to(dtype),
-        norm_hh.gamma_gradient().to(dtype),
-        None if norm_c is None else norm_c.gamma_gradient().to(dtype),
-        None if norm_c is None else norm_c.shift_gradient().to(dtype),
-    )
+    d_gammas = norm_ih.gamma_gradient(), norm_hh.gamma_gradient()
+    d_cell = (None, None) if norm_c is None else (norm_c.gamma_gradient(), norm_c.shift_gradient())
+    found = Parameters(d_weight_ih, d_weight_hh, norm_hh.shift_gradient(), *d_gammas, *d_cell)
+    likes = zip(found, p, strict=True)
+    d_parameters = Parameters(*cast(Any, (d if d is None or s is None else d.to(s.dtype) for d, s in likes)))
     return d_x, d_h.to(h_0.dtype), d_c, d_parameters
 
 
@@ -246,19 +245,26 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         tensors: tuple[Any, ...] = ctx.saved_tensors
-        inputs, results, flat = tensors[:10], tensors[10:16], tensors[16:]
         needed: tuple[bool, ...] = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
-            return None, None, *differentiable_backward(inputs, ctx.problem, gradients, needed)
-        rows, z_x, *used = results
-        width = len(Saved._fields)
-        saved = [Saved(*flat[k : k + width]) for k in range(0, len(flat), width)]
-        x, h, c, *parameters = inputs
-        result = rows, z_x, Used(*used)
-        d_x, d_h, d_c, d_parameters = backward(
-            x, h, c, Parameters(*parameters), ctx.problem, result, saved, gradients, needed[0]
-        )
-        return None, None, d_x, d_h, d_c, *d_parameters
+        with without_autocast(gradients[0]):  # as the forward
+            if torch.is_grad_enabled():
+                return None, None, *differentiable_backward(tensors[:INPUTS], ctx.problem, gradients, needed)
+            return None, None, *_backward_of_saved(tensors, ctx.problem, gradients, needed[0])
+
+
+def _backward_of_saved(
+    tensors: tuple[Any, ...], problem: Problem, gradients: tuple[Any, ...], x_needs_gradient: bool
+) -> tuple[Tensor | None, ...]:
+    """`backward` of what `_Layer` has saved."""
+    (x, h, c, *parameters), results, flat = tensors[:INPUTS], tensors[INPUTS : INPUTS + 6], tensors[INPUTS + 6 :]
+    rows, z_x, *used = results
+    width = len(Saved._fields)
+    saved = [Saved(*flat[k : k + width]) for k in range(0, len(flat), width)]
+    result, (d_rows, d_h_n, d_c_n) = (rows, z_x, Used(*used)), gradients
+    d_x, d_h, d_c, d_parameters = backward(
+        x, h, c, Parameters(*parameters), problem, result, saved, (d_rows, d_h_n, d_c_n), x_needs_gradient
+    )
+    return d_x, d_h, d_c, *d_parameters
 
 
 def differentiable_backward(
@@ -276,6 +282,11 @@ def differentiable_backward(
 
 def layer(call: Call) -> Ran:
     """One layer and direction over rows, on the reference path."""
+    with without_autocast(call.x):
+        return _layer(call)
+
+
+def _layer(call: Call) -> Ran:
     x, h, c, parameters, problem = call
     c_wide = c.to(accumulation_dtype(parameters.weight_hh.dtype))
     if torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in (x, h, c, *parameters)):

@@ -17,10 +17,13 @@ def integer(name: str, value: Any, minimum: int) -> int:
     """`value` as an int that is at least `minimum`; bool and float are not integers."""
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if type(value) is int:  # which torch.compile may trace as a symbol, and operator.index would make a constant
+        number = value
+    else:
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be an integer, got {value!r}") from None
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {number}")
     return number
@@ -72,12 +75,17 @@ def tensor(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> None:
     same_kind(name, value, like)
 
 
+def autocast_is_on(kind: str) -> bool:
+    """On devices of this kind; some know no autocast."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def same_kind(name: str, value: Tensor, like: Tensor) -> None:
     """`value` is on the parameters' device and in their dtype (any floating dtype under autocast)."""
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}, the parameters are on {like.device}")
     if value.dtype != like.dtype:
-        cast_later = value.is_floating_point() and torch.is_autocast_enabled(value.device.type)
+        cast_later = value.is_floating_point() and autocast_is_on(value.device.type)
         if not cast_later:
             raise TypeError(
                 f"{name} has dtype {value.dtype}, the parameters have {like.dtype}: convert one of them with .to(dtype)"
@@ -105,8 +113,8 @@ def rows_of_input(value: Any, input_size: int, batch_first: bool, like: Tensor) 
     same_kind("input", data, like)
 
 
-def lengths_of_batch(lengths: Any, steps: int, batch: int, device: torch.device) -> Tensor:
-    """`lengths` as a tensor [B]. On the host every value is checked; on an accelerator none is looked at."""
+def lengths_tensor(lengths: Any, batch: int, device: torch.device) -> Tensor:
+    """`lengths` as a tensor [B] of integers on the host or on the input's device, whose values nobody has looked at."""
     if not isinstance(lengths, Tensor):
         try:
             lengths = torch.as_tensor(lengths, device="cpu")
@@ -119,9 +127,15 @@ def lengths_of_batch(lengths: Any, steps: int, batch: int, device: torch.device)
             f"lengths must have shape ({batch},), one for each sequence, got {tuple(lengths.shape)} "
             "(input is read as [T, B, D], with batch_first=True as [B, T, D])"
         )
+    if lengths.device.type != "cpu" and lengths.device != device:
+        raise ValueError(f"lengths is on {lengths.device}, the input on {device}: use the CPU or the same device")
+    return lengths
+
+
+def lengths_of_batch(lengths: Any, steps: int, batch: int, device: torch.device) -> Tensor:
+    """`lengths` as a tensor [B]. On the host every value is checked; on an accelerator none is looked at."""
+    lengths = lengths_tensor(lengths, batch, device)
     if lengths.device.type != "cpu":
-        if lengths.device != device:
-            raise ValueError(f"lengths is on {lengths.device}, the input on {device}: use the CPU or the same device")
         return lengths
     shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest < 1:

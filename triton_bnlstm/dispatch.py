@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from functools import partial
+from typing import Any
 
 from torch.autograd import forward_ad
 
@@ -41,11 +43,52 @@ def _why_not_these(calls: list[Call]) -> str | None:
     return None
 
 
-def _case(calls: list[Call]) -> tuple[object, ...]:
+def case_of(calls: list[Call]) -> tuple[object, ...]:
     """What a failure of a kernel is a failure for."""
     p, problem = calls[0].parameters, calls[0].problem
     shapes = (p.weight_ih.shape, p.weight_hh.shape, problem.packing.batch, len(calls))
     return p.weight_hh.device, p.weight_hh.dtype, *shapes, p.gamma_c is None, problem.frozen, problem.population is None
+
+
+def has_failed(calls: list[Call]) -> bool:
+    """Whether a kernel could not run calls like these."""
+    return case_of(calls) in _failed
+
+
+def for_kernels(calls: list[Call], requested: str) -> bool:
+    """Whether these calls are the kernels' to run, as far as one knows before they are launched.
+
+    Raises:
+        RuntimeError: "triton" is requested, and they cannot run this.
+    """
+    weight = calls[0].parameters.weight_hh
+    if requested == "reference" or (requested == "auto" and weight.device.type not in KERNEL_DEVICES):
+        return False
+    reason = why_no_kernels(weight.device, weight.dtype) or _why_not_these(calls)
+    if reason is not None and requested == "triton":
+        raise RuntimeError(f'backend="triton": {reason}')
+    if reason is not None:
+        _tell_once(f"triton_bnlstm runs on the reference path: {reason}")
+        return False
+    return requested == "triton" or not has_failed(calls)
+
+
+def note_failure(case: tuple[object, ...], error: KernelError) -> None:
+    """From now on "auto" takes the reference path for calls like these; said once."""
+    _failed.add(case)
+    _tell_once(f"triton_bnlstm runs on the reference path: a kernel could not run here ({error})")
+
+
+def options_of(calls: list[Call], requested: str, save: str, autotune: str | None) -> Any:
+    """How the kernels run these calls: `fused.Options`."""
+    fused = importlib.import_module("triton_bnlstm.fused")
+    failed = partial(note_failure, case_of(calls))
+    return fused.Options(save, requested == "triton", _tell, failed, requested_autotune(autotune))
+
+
+def may_step_in(requested: str) -> bool:
+    """Whether the reference path may do what a kernel could not: nobody asked for the kernel, or for its layout."""
+    return requested != "triton" and explicit_config() is None
 
 
 def run(calls: list[Call], backend: str | None, save: str = "preactivations", autotune: str | None = None) -> list[Ran]:
@@ -56,32 +99,13 @@ def run(calls: list[Call], backend: str | None, save: str = "preactivations", au
     Raises:
         RuntimeError: backend="triton", and the kernels cannot run this.
     """
-    requested, tuning = requested_backend(backend), requested_autotune(autotune)
-    weight = calls[0].parameters.weight_hh
-    if requested != "reference":
-        wanted = requested == "triton" or weight.device.type in KERNEL_DEVICES
-        reason = None
-        if wanted:
-            reason = why_no_kernels(weight.device, weight.dtype) or _why_not_these(calls)
-        if reason is not None and requested == "triton":
-            raise RuntimeError(f'backend="triton": {reason}')
-        if reason is not None:
-            _tell_once(f"triton_bnlstm runs on the reference path: {reason}")
-        elif wanted:
-            case = _case(calls)
-            if requested == "triton" or case not in _failed:
-                only_kernels = requested == "triton"
-                fused = importlib.import_module("triton_bnlstm.fused")
-
-                def failed(error: KernelError) -> None:
-                    _failed.add(case)
-                    _tell_once(f"triton_bnlstm runs on the reference path: a kernel could not run here ({error})")
-
-                try:
-                    options = fused.Options(save, only_kernels, _tell, failed, tuning)
-                    return list(fused.layer(calls, options))
-                except KernelError as error:
-                    if only_kernels or explicit_config() is not None:
-                        raise
-                    failed(error)
+    requested = requested_backend(backend)
+    if for_kernels(calls, requested):
+        fused = importlib.import_module("triton_bnlstm.fused")
+        try:
+            return list(fused.layer(calls, options_of(calls, requested, save, autotune)))
+        except KernelError as error:
+            if not may_step_in(requested):
+                raise
+            note_failure(case_of(calls), error)
     return [bptt.layer(call) for call in calls]

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks
+from . import checks, traced
 from .backend import BACKENDS, SAVE_CHOICES
 from .dispatch import run
 from .packing import Packing
+from .precision import compute_dtype, in_dtype
 from .reference import Call, Parameters, Problem, accumulation_dtype
 from .statistics import Population, Statistics, population_at_steps, resolve_statistics, training_population
 from .tuning.mode import MODES as AUTOTUNE_MODES
@@ -147,25 +148,60 @@ def bn_lstm(
     checks.rows_of_input(input, parameters.weight_ih.shape[1], False, like)
     if isinstance(input, Tensor) and input.dim() != 3:
         raise ValueError(f"input must be [T, B, D], got {tuple(input.shape)}")
-    host_lengths = check_lengths(input, lengths, batch_first=False)
-    batch = batch_of(input, batch_first=False)
+    over_time, dtype = input_stats == "time", compute_dtype(like)
+    tracing = traced.asked_for(input)
+    if tracing:
+        given = traced.sequences_of(input, None if hx is None else hx, lengths, False, dtype)
+        batch = given.batch
+    else:
+        host_lengths = check_lengths(input, lengths, batch_first=False)
+        batch = batch_of(input, batch_first=False)
     if training:
         checks.training_batch(batch)
     if hx is not None:
-        hx = checks.states(hx, (batch, hidden), like)
+        h_0, c_0 = checks.states(hx, (batch, hidden), like)
+        hx = h_0.to(dtype), c_0.to(like.dtype)
+    if tracing:
+        norms = traced.Norms(training, start, reverse, over_time, prior_count, eps, backend, save, autotune)
+        return _traced(input, given, hx, parameters, statistics, norms)
 
-    x, packing = to_rows(input, host_lengths, False, like.dtype)
+    x, packing = to_rows(input, host_lengths, False, dtype)
     if hx is None:
-        h = c = x.new_zeros(batch, hidden)
+        h, c = x.new_zeros(batch, hidden), x.new_zeros(batch, hidden, dtype=like.dtype)
     else:
-        h, c = (packing.seat(state.to(like.dtype)) for state in hx)
-    over_time = input_stats == "time"
+        h, c = packing.seat(hx[0]), packing.seat(hx[1])
     population = population_of(statistics, packing, start, training, over_time, prior_count)
     x = x.index_select(0, packing.mirror) if reverse else x
-    call = Call(x, h, c, parameters, Problem(packing, population, over_time, eps))
+    call = Call(x, h, c, in_dtype(parameters, dtype), Problem(packing, population, over_time, eps))
     rows, h_n, c_n, moments = run([call], backend, save, autotune)[0]
     rows = rows.index_select(0, packing.mirror) if reverse else rows
     return Result(from_rows(rows, packing, input, False), packing.unseat(h_n), packing.unseat(c_n), moments)
+
+
+def _traced(
+    input: Tensor | PackedSequence,
+    given: traced.Sequences,
+    hx: tuple[Tensor, Tensor] | None,
+    parameters: Parameters,
+    statistics: Statistics,
+    norms: traced.Norms,
+) -> Result:
+    """`bn_lstm` out of operators that a compiler does not look into; moments have all T steps, without rows too."""
+    hidden = parameters.weight_hh.shape[1]
+    if hx is None:
+        h = given.x.new_zeros(given.batch, hidden)
+        c = torch.zeros_like(h, dtype=parameters.weight_hh.dtype)
+    else:
+        h, c = hx
+    if not isinstance(input, PackedSequence):
+        return Result(*traced.one_direction(given, h, c, parameters, statistics, norms))
+    _, sizes, order, inverse = input
+    if order is not None:
+        h, c = h.index_select(0, order), c.index_select(0, order)
+    rows, h, c, moments = traced.one_direction(given, h, c, parameters, statistics, norms)
+    if inverse is not None:
+        h, c = h.index_select(0, inverse), c.index_select(0, inverse)
+    return Result(PackedSequence(rows, sizes, order, inverse), h, c, moments)
 
 
 def batch_of(input: Tensor | PackedSequence, batch_first: bool) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, cast
@@ -17,6 +17,7 @@ from .kernels import launch
 from .kernels.config import SaveConfig, device_of, explicit_backward_config
 from .kernels.errors import KernelError
 from .packing import Packing
+from .precision import without_autocast
 from .reference import Call, Parameters, Problem, Ran
 from .statistics import Statistics
 from .tuning import choice, online
@@ -52,7 +53,7 @@ class Options:
     autotune: str = "off"
 
 
-_INPUTS, _OUTPUTS = 3 + len(Parameters._fields), 3  # of a direction
+_INPUTS, _OUTPUTS = bptt.INPUTS, 3  # of a direction
 
 
 def _calls_of(inputs: tuple[Any, ...], problems: list[Problem]) -> list[Call]:
@@ -97,6 +98,18 @@ def saved_bytes(
     return states + inputs + deviations + statistics
 
 
+def _run(calls: list[Call], save: str) -> Trained:
+    """The forward, and what its backward needs."""
+    if calls[0].problem.frozen:
+        h, c, x = infer(calls, keep_cells=True)
+        return Trained(h, c, [], x, None, None, None, None)
+    return train(calls, save)
+
+
+def _tensors_of(ran: Trained) -> list[Tensor | None]:
+    return [ran.h, ran.c, ran.x, ran.deviation, ran.ih, ran.hh, ran.cell]
+
+
 class _Layer(torch.autograd.Function):
     """Both ways on the kernels. Inputs of each direction: x, h_0, c_0 and seven parameters."""
 
@@ -106,18 +119,14 @@ class _Layer(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         calls = _calls_of(inputs, problems)
         packing = problems[0].packing
-        tables: list[Tensor | None] = []
-        if problems[0].frozen:
-            h, c, x = infer(calls, keep_cells=True)
-        else:
-            h, c, moments, x, *tables = train(calls, options.save)
-            found += moments
-        results = _results(h, last_states(h, packing), last_states(c, packing), packing)
+        ran = _run(calls, options.save)
+        found += ran.moments
+        results = _results(ran.h, last_states(ran.h, packing), last_states(ran.c, packing), packing)
         ctx.problems, ctx.options, ctx.layout = problems, options, explicit_backward_config()
         ctx.may_reuse, ctx.spent = _saved_as_they_are(), False
         ctx.set_materialize_grads(False)
         # The output is h's memory; as a tensor of its own it lets autograd see when somebody writes over it.
-        ctx.save_for_backward(*inputs, *results[::_OUTPUTS], h, c, x, *tables)
+        ctx.save_for_backward(*inputs, *results[::_OUTPUTS], *_tensors_of(ran))
         return tuple(results)
 
     @staticmethod
@@ -126,7 +135,7 @@ class _Layer(torch.autograd.Function):
         options: Options = ctx.options
         count, places = len(problems), iter(ctx.saved_tensors)
         inputs = tuple(islice(places, count * _INPUTS))
-        h, c, x, *tables = tuple(places)[count:]  # behind the outputs
+        h, c, *rest = tuple(places)[count:]  # behind the outputs
         flags = [ctx.needs_input_grad[3:][k * _INPUTS : (k + 1) * _INPUTS] for k in range(count)]
         wanted = [gradients[k * _OUTPUTS : (k + 1) * _OUTPUTS] for k in range(count)]
         if any(_batched(gradient) for gradient in gradients):
@@ -136,13 +145,13 @@ class _Layer(torch.autograd.Function):
                 "an earlier backward through this layer did not finish, and has written over what the forward had "
                 "kept: run the forward again, or keep the graph (retain_graph=True)"
             )
-        with torch.autocast(h.device.type, enabled=False):  # as the forward
+        with without_autocast(h):  # as the forward
             if torch.is_grad_enabled():
                 if options.only_kernels:
                     raise RuntimeError(_NO_GRAPH)
                 options.tell("gradients with a graph of their own (create_graph=True) run on the reference path")
                 return None, None, None, *_by_the_reference(inputs, problems, wanted, flags)
-            ran = Trained(h, c, [], x, *(tables or (None,) * 4))
+            ran = Trained(h, c, [], *rest)
             ctx.spent = reuse = ctx.may_reuse and not _graph_is_kept()
             try:
                 found = fused_backward.backward(
@@ -152,8 +161,7 @@ class _Layer(torch.autograd.Function):
                 if options.only_kernels or ctx.layout is not None:
                     raise
                 options.failed(error)
-                with torch.enable_grad():
-                    found = [d if d is None else d.detach() for d in _by_the_reference(inputs, problems, wanted, flags)]
+                found = _detached_by_the_reference(inputs, problems, wanted, flags)
             return None, None, None, *found
 
 
@@ -184,7 +192,7 @@ _NO_GRAPH = (
 def _by_the_reference(
     inputs: tuple[Any, ...],
     problems: list[Problem],
-    wanted: list[tuple[Tensor | None, ...]],
+    wanted: Sequence[tuple[Tensor | None, ...]],
     flags: list[tuple[bool, ...]],
 ) -> list[Tensor | None]:
     """All gradients, by differentiating the reference path's forward."""
@@ -199,6 +207,18 @@ def _by_the_reference(
         else:
             found += [None] * _INPUTS
     return found
+
+
+def _detached_by_the_reference(
+    inputs: tuple[Any, ...],
+    problems: list[Problem],
+    wanted: Sequence[tuple[Tensor | None, ...]],
+    flags: list[tuple[bool, ...]],
+) -> list[Tensor | None]:
+    """The same, without a graph of their own."""
+    alone = tuple(s if s is None else s.detach().requires_grad_() for s in inputs)
+    with torch.enable_grad():
+        return [d if d is None else d.detach() for d in _by_the_reference(alone, problems, wanted, flags)]
 
 
 def _tuned(calls: list[Call], options: Options, gradients: bool) -> Options:
@@ -230,17 +250,75 @@ def layer(calls: list[Call], options: Options) -> list[Ran]:
     inputs = [s for call in calls for s in (call.x, call.h, call.c, *call.parameters)]
     moments: list[Statistics] = []
     gradients = torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in inputs)
-    with torch.autocast(calls[0].x.device.type, enabled=False):
+    with without_autocast(calls[0].x):
         options = _tuned(calls, options, gradients)
         if gradients:
             results = cast(tuple[Tensor, ...], _Layer.apply(problems, options, moments, *inputs))
         else:
             results = _without_gradient(calls, moments)
+    return _ran(results, dtypes, moments)
+
+
+def _ran(results: tuple[Tensor, ...], dtypes: list[torch.dtype], moments: list[Statistics]) -> list[Ran]:
     ran = []
-    for direction in range(len(calls)):
+    for direction, dtype in enumerate(dtypes):
         rows, h_n, c_n = results[direction * _OUTPUTS : (direction + 1) * _OUTPUTS]
-        ran.append(Ran(rows, h_n, c_n.to(dtypes[direction]), moments[direction] if moments else None))
+        ran.append(Ran(rows, h_n, c_n.to(dtype), moments[direction] if moments else None))
     return ran
+
+
+def forward(calls: list[Call], options: Options, *, keep: bool) -> tuple[list[Ran], list[Tensor]]:
+    """`layer` without autograd: what each direction gives, and with `keep` what `backward` takes.
+
+    Raises:
+        KernelError: a kernel cannot run here.
+    """
+    dtypes = [call.c.dtype for call in calls]
+    options = _tuned(calls, options, keep)
+    if not keep:
+        moments: list[Statistics] = []
+        return _ran(_without_gradient(calls, moments), dtypes, moments), []
+    ran, packing = _run(calls, options.save), calls[0].problem.packing
+    results = tuple(_results(ran.h, last_states(ran.h, packing), last_states(ran.c, packing), packing))
+    return _ran(results, dtypes, ran.moments), [s for s in _tensors_of(ran) if s is not None]
+
+
+def backward(
+    calls: list[Call],
+    kept: list[Tensor] | None,
+    wanted: list[tuple[Tensor | None, Tensor | None, Tensor | None]],
+    flags: list[tuple[bool, ...]],
+    options: Options,
+) -> list[Tensor | None]:
+    """Gradients of x, h_0, c_0 and the seven parameters of each direction, without autograd.
+
+    Args:
+        calls: what was called.
+        kept: by `forward`. None: by nobody, since a kernel had failed; then the reference path runs again.
+        wanted: gradients of rows, h_n and c_n of each direction.
+        flags: which gradients are needed.
+        options: as in `forward`.
+    """
+    if kept is not None:
+        h, c, x, *tables = kept
+        if tables:
+            deviation = tables.pop(0) if options.save == "preactivations" else None
+            ran = Trained(h, c, [], x, deviation, tables[0], tables[1], tables[2] if len(tables) > 2 else None)
+        else:
+            ran = Trained(h, c, [], x, None, None, None, None)
+        layout = explicit_backward_config()
+        try:
+            return fused_backward.backward(calls, ran, wanted, flags, layout, reuse=False)
+        except KernelError as error:
+            if options.only_kernels or layout is not None:
+                raise
+            options.failed(error)
+    return _detached_by_the_reference(
+        tuple(s for call in calls for s in (call.x, call.h, call.c, *call.parameters)),
+        [call.problem for call in calls],
+        wanted,
+        flags,
+    )
 
 
 @torch.no_grad()

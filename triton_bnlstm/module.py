@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, functional
+from . import checks, functional, traced
 from ._base import BNLSTMBase, States
+from .precision import compute_dtype
 from .statistics import Moments, resolve_statistics
 
 
@@ -186,24 +187,55 @@ class BNLSTM(BNLSTMBase):
         """See the class."""
         like = self._parameters_of(self._suffixes[0][0]).weight_hh
         checks.rows_of_input(input, self.input_size, self.batch_first, like)
-        host_lengths = functional.check_lengths(input, lengths, self.batch_first)
-        start = checks.integer("start", start, 0)
-        batch = functional.batch_of(input, self.batch_first)
+        start, dtype = checks.integer("start", start, 0), compute_dtype(like)
+        tracing = traced.asked_for(input)
+        if tracing:
+            given = traced.sequences_of(input, hx, lengths, self.batch_first, dtype)
+            batch = given.batch
+        else:
+            host_lengths = functional.check_lengths(input, lengths, self.batch_first)
+            batch = functional.batch_of(input, self.batch_first)
         if self.training:
             checks.training_batch(batch)
         unbatched = isinstance(input, Tensor) and input.dim() == 2
         places = self.num_layers * (2 if self.bidirectional else 1)
         shape = (places, self.hidden_size) if unbatched else (places, batch, self.hidden_size)
         if hx is not None:
-            hx = checks.states(hx, shape, like)
+            h_0, c_0 = checks.states(hx, shape, like)
+            hx = h_0.to(dtype).view(places, batch, self.hidden_size), c_0.to(like.dtype).view(places, batch, -1)
+        if tracing:
+            return self._traced(given, input, hx, start, shape)
 
-        x, packing = functional.to_rows(input, host_lengths, self.batch_first, like.dtype)
+        x, packing = functional.to_rows(input, host_lengths, self.batch_first, dtype)
         if hx is not None:
-            h_0, c_0 = (state.to(like.dtype).view(places, batch, self.hidden_size) for state in hx)
-            hx = packing.seat(h_0), packing.seat(c_0)
+            hx = packing.seat(hx[0]), packing.seat(hx[1])
         rows, h_n, c_n, _ = self._run(x, packing, hx, start)
         output = functional.from_rows(rows, packing, input, self.batch_first)
         return output, (packing.unseat(h_n).view(shape), packing.unseat(c_n).view(shape))
+
+    def _traced(
+        self,
+        given: traced.Sequences,
+        input: Tensor | PackedSequence,
+        hx: States | None,
+        start: int,
+        shape: tuple[int, ...],
+    ) -> tuple[Tensor | PackedSequence, States]:
+        """The same out of operators that a compiler does not look into."""
+        if not isinstance(input, PackedSequence):
+            output, h_n, c_n = traced.run(self, given, hx, start)
+            if input.dim() == 2:
+                output = output.squeeze(1)
+            elif self.batch_first:
+                output = output.transpose(0, 1)
+            return output, (h_n.view(shape), c_n.view(shape))
+        _, sizes, order, inverse = input
+        if hx is not None and order is not None:
+            hx = hx[0].index_select(1, order), hx[1].index_select(1, order)
+        rows, h_n, c_n = traced.run(self, given, hx, start)
+        if inverse is not None:
+            h_n, c_n = h_n.index_select(1, inverse), c_n.index_select(1, inverse)
+        return PackedSequence(rows, sizes, order, inverse), (h_n, c_n)
 
     def statistics(self, layer: int = 0, reverse: bool = False, resolved: bool = False) -> dict[str, Moments]:
         """Population statistics of one layer and direction: {"ih" | "hh" | "c": (mean [S, ·], var [S, ·], count [S])}.

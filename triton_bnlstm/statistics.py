@@ -244,10 +244,21 @@ def population_at_steps(
     )
 
 
-def phantom_rows(statistics: Statistics, packing: Packing, prior_count: float | None) -> Tensor:
+def phantom_rows(statistics: Statistics, count: Tensor, batch: int, prior_count: float | None) -> Tensor:
     """κ [T] float64: phantom rows in the seats that finished sequences left, at most what the population has seen."""
-    kappa = (packing.batch - packing.count).minimum(statistics.hh.count[0])
+    kappa = (batch - count).minimum(statistics.hh.count[0])
     return kappa if prior_count is None else kappa.clamp_max(prior_count)
+
+
+def population_with_phantoms(
+    statistics: Statistics, count: Tensor, batch: int, start: int, prior_count: float | None, over_time: bool
+) -> Population:
+    """Phantom rows for a training batch of B sequences, count [T] of which are left at each step."""
+    kappa = phantom_rows(statistics, count, batch, prior_count)
+    weight = count / (count + kappa).clamp_min(1)
+    steps = count.shape[0]
+    resolved = resolve_statistics(_first_slots(statistics, start + steps))
+    return population_at_steps(resolved, start, steps, weight, over_time)
 
 
 def training_population(
@@ -256,12 +267,7 @@ def training_population(
     """Phantom rows for a training batch, from the statistics as they are now; None where no seat is ever vacated."""
     if packing.equal:
         return None
-    kappa = phantom_rows(statistics, packing, prior_count)
-    count = packing.count
-    weight = count / (count + kappa).clamp_min(1)
-    steps = len(packing.sizes)
-    resolved = resolve_statistics(_first_slots(statistics, start + steps))
-    return population_at_steps(resolved, start, steps, weight, over_time)
+    return population_with_phantoms(statistics, packing.count, packing.batch, start, prior_count, over_time)
 
 
 def _first_slots(statistics: Statistics, slots: int) -> Statistics:

@@ -1,0 +1,217 @@
+"""A call of the layer made of the operators in `ops`, for compilers and exporters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import checks, ops
+from .backend import SAVE_CHOICES, traced_backend
+from .kept import list_of_parameters, moments_of_list
+from .precision import in_dtype
+from .reference import Parameters
+from .statistics import Statistics
+
+if TYPE_CHECKING:
+    from ._base import BNLSTMBase, States
+
+
+def asked_for(input: Tensor | PackedSequence) -> bool:
+    """Whether something traces this call, or it is made on tensors that hold nothing."""
+    data = input.data if isinstance(input, PackedSequence) else input
+    return torch.compiler.is_compiling() or isinstance(data, FakeTensor)
+
+
+class Sequences(NamedTuple):
+    """Input of a layer: x [T, B, D] in the dtype of products, or rows [R, D] of a PackedSequence; lengths [B], sorted
+    for rows; T and B.
+    """
+
+    x: Tensor
+    lengths: Tensor | None
+    rows: bool
+    steps: int
+    batch: int
+
+
+class Norms(NamedTuple):
+    """How a layer normalises, and where it runs."""
+
+    training: bool
+    start: int
+    reverse: bool
+    over_time: bool
+    prior_count: float | None
+    eps: float
+    backend: str | None
+    save: str
+    autotune: str | None
+
+
+def sequences_of(
+    input: Tensor | PackedSequence,
+    hx: object,
+    lengths: Tensor | list[int] | None,
+    batch_first: bool,
+    dtype: torch.dtype,
+) -> Sequences:
+    """From checked input; values of lengths are not looked at.
+
+    Raises:
+        TypeError, ValueError: lengths are no integers for each sequence, or a PackedSequence does not say how many.
+    """
+    if isinstance(input, PackedSequence):
+        if lengths is not None:
+            raise ValueError("lengths: a PackedSequence has its own lengths")
+        data, sizes, order, _ = input
+        if order is not None:
+            batch = order.shape[0]
+        elif isinstance(hx, tuple | list) and len(hx) > 0 and isinstance(hx[0], Tensor):
+            batch = hx[0].shape[-2]
+        else:
+            raise ValueError(
+                "input: a compiler cannot see how many sequences this PackedSequence holds; pack with "
+                "enforce_sorted=False, or give hx, or a tensor and lengths"
+            )
+        held = (sizes[:, None] > torch.arange(batch, device=sizes.device)).sum(0)
+        return Sequences(data.to(dtype), held, True, sizes.shape[0], batch)
+    if input.dim() == 2:
+        input = input.unsqueeze(1)
+    elif batch_first:
+        input = input.transpose(0, 1)
+    steps, batch = input.shape[:2]
+    if lengths is not None:
+        lengths = checks.lengths_tensor(lengths, batch, input.device)
+    return Sequences(input.to(dtype), lengths, False, steps, batch)
+
+
+def _layer(
+    given: Sequences, h: Tensor, c: Tensor, parameters: list[Parameters], statistics: list[Statistics], norms: Norms
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """All directions of one layer: output, h_n, c_n [directions, B, H], and in training a list of moments."""
+    p = parameters[0]
+    cell_norm = p.gamma_c is not None
+    population: list[Tensor] = []
+    if not norms.training or given.lengths is not None:
+        population = torch.ops.triton_bnlstm.population(
+            ops.list_of_statistics(statistics),
+            given.lengths,
+            given.steps,
+            given.batch,
+            norms.start,
+            norms.prior_count,
+            given.rows,
+            cell_norm,
+            norms.over_time,
+            norms.training,
+        )
+    tensors = list_of_parameters([in_dtype(own, given.x.dtype) for own in parameters])
+    save = checks.choice("save", norms.save, SAVE_CHOICES)
+    found: tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]] = torch.ops.triton_bnlstm.layer(
+        given.x,
+        given.lengths,
+        h,
+        c,
+        tensors,
+        population,
+        given.steps,
+        given.rows,
+        p.bias is not None,
+        cell_norm,
+        norms.over_time,
+        not norms.training,
+        norms.reverse,
+        norms.eps,
+        traced_backend(norms.backend),
+        # which of the two is faster is known where they run, but what is kept has to be known before
+        "preactivations" if save == "auto" else save,
+        norms.autotune,
+        _keeps([given.x, h, c, *tensors], norms.training),
+    )
+    return found[:4]
+
+
+def _keeps(tensors: list[Tensor], training: bool) -> bool:
+    """Whether there will be a backward; an exported evaluation has none."""
+    if not training and torch.compiler.is_exporting():
+        return False
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def run(layer: BNLSTMBase, given: Sequences, hx: States | None, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All layers and directions, and in training the write to the statistics.
+
+    hx: (h_0, c_0), each [layers · directions, B, H], in the order of the sequences (for rows: of their states).
+
+    Returns:
+        output as x came, with directions · H columns; h_n and c_n as hx.
+    """
+    norms = Norms(
+        layer.training,
+        start,
+        False,
+        layer.input_stats == "time",
+        layer.prior_count,
+        layer.eps,
+        layer.backend,
+        layer.save,
+        layer.autotune,
+    )
+    h_n, c_n = [], []
+    known: list[Statistics] = []
+    moments: list[Tensor] = []
+    for k, suffixes in enumerate(layer._suffixes):
+        parameters = [layer._checked_parameters(suffix, given.x.shape[-1]) for suffix in suffixes]
+        directions = len(suffixes)
+        wide = parameters[0].weight_hh.dtype
+        if hx is None:
+            h = given.x.new_zeros(directions, given.batch, layer.hidden_size)
+            c = torch.zeros_like(h, dtype=wide)
+            if layer.training and layer.initial_noise > 0:
+                h = torch.randn_like(h) * layer.initial_noise
+        else:
+            places = slice(k * directions, (k + 1) * directions)
+            h, c = hx[0][places].to(given.x.dtype), hx[1][places].to(wide)
+        statistics = [layer._statistics_of(suffix) for suffix in suffixes]
+        x, h, c, own = _layer(given, h, c, parameters, statistics, norms)
+        h_n.append(h)
+        c_n.append(c)
+        known += statistics
+        moments += own if not moments else own[1:]  # the count of rows is the same for all layers
+        if layer.training and layer.dropout > 0 and k + 1 < len(layer._suffixes):
+            x = F.dropout(x, layer.dropout)
+        given = given._replace(x=x)
+    if layer.training:
+        torch.ops.triton_bnlstm.learn(
+            ops.list_of_statistics(known),
+            layer._skipped_steps,
+            moments,
+            given.batch,
+            start,
+            layer.momentum,
+            layer.cell_norm,
+            norms.over_time,
+        )
+    return given.x, torch.cat(h_n), torch.cat(c_n)
+
+
+def one_direction(
+    given: Sequences,
+    h: Tensor,
+    c: Tensor,
+    parameters: Parameters,
+    statistics: Statistics,
+    norms: Norms,
+) -> tuple[Tensor, Tensor, Tensor, Statistics | None]:
+    """`bn_lstm`: output, h_n and c_n [B, H], and in training the moments of all T steps."""
+    output, h_n, c_n, own = _layer(given, h[None], c[None], [parameters], [statistics], norms)
+    moments = None
+    if norms.training:
+        cell_norm = parameters.gamma_c is not None
+        moments = moments_of_list(own, 1, given.batch, over_time=norms.over_time, cell_norm=cell_norm)[0]
+    return output, h_n[0], c_n[0], moments
