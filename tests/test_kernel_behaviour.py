@@ -166,16 +166,6 @@ def test_tanh_is_precise_near_zero_and_right_far_away():
     assert y[-1].isnan()
 
 
-def test_autocast_does_not_reach_the_kernels():
-    """Neither the forward nor the backward that belongs to it."""
-    layer = kernel_layer(2, 3)
-    x = torch.randn(3, 4, 2, device=DEVICE)
-    expected = torch.autograd.grad(layer(x)[0].square().sum(), layer.weight_hh_l0)[0]
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        found = torch.autograd.grad(layer(x)[0].square().sum(), layer.weight_hh_l0)[0]
-    assert torch.equal(found, expected)
-
-
 def test_states_may_be_written_over():
     layer = kernel_layer(2, 3, bidirectional=True)
     for lengths in (None, [3, 2, 1, 3]):

@@ -14,7 +14,7 @@ from . import checks, functional
 from .backend import BACKENDS, SAVE_CHOICES, requested_backend
 from .dispatch import run
 from .packing import Packing
-from .precision import in_dtype
+from .precision import compute_dtype, in_dtype
 from .recompute import Calls, fingerprint, in_backward
 from .reference import Call, Parameters, Problem, accumulation_dtype
 from .resolved import forget, resolved_statistics
@@ -311,6 +311,7 @@ class BNLSTMBase(nn.Module):
             backend = self._asked_for
         self._asked_for = backend
         mirrored = packing.mirror if any(len(directions) > 1 for directions in self._suffixes) else None
+        dtype = compute_dtype(self._parameters_of(self._all_suffixes()[0]).weight_hh)
         h_n: list[Tensor] = []
         c_n: list[Tensor] = []
         moments: list[Statistics | None] = []
@@ -322,13 +323,13 @@ class BNLSTMBase(nn.Module):
                 if hx is not None:
                     h, c = hx[0][place], hx[1][place]
                 else:
-                    h = x.new_zeros(packing.batch, self.hidden_size)
-                    c = torch.zeros_like(h, dtype=parameters.weight_hh.dtype)
+                    c = parameters.weight_hh.new_zeros(packing.batch, self.hidden_size)
+                    h = c.to(dtype)
                     if regularise and self.initial_noise > 0:
                         h = torch.randn_like(h) * self.initial_noise
                 problem = Problem(packing, populations[place], self.input_stats == "time", self.eps)
                 turned = x if direction == 0 or mirrored is None else x.index_select(0, mirrored)
-                calls.append(Call(turned, h, c, in_dtype(parameters, x.dtype), problem))
+                calls.append(Call(turned, h, c, in_dtype(parameters, dtype), problem))
             outputs = []
             for direction, ran in enumerate(run(calls, backend, save, self.autotune)):
                 outputs.append(ran.rows if direction == 0 or mirrored is None else ran.rows.index_select(0, mirrored))

@@ -122,6 +122,7 @@ def backward(
     packing, sizes = problem.packing, problem.packing.sizes
     p = parameters
     dtype, wide = p.weight_hh.dtype, accumulation_dtype(p.weight_hh.dtype)
+    weight_ih = p.weight_ih.to(dtype)
     rows, z_x, used = result
     steps, columns = len(sizes), p.weight_hh.shape[0]
     inverse = _inverse_counts(problem, wide)
@@ -209,9 +210,11 @@ def backward(
         x_block = x[begin:end]
         if used.x_mean is not None:  # made again, so that it need not be kept; rows left out have no gradient
             x_block = centre(x_block, used.x_mean, packing, first, last)
-        d_weight_ih += d_z_x_block.to(dtype).t() @ x_block
+        d_weight_ih += d_z_x_block.to(dtype).t() @ x_block.to(dtype)
         if d_x is not None:
-            torch.mm(d_z_x_block.to(dtype), p.weight_ih, out=d_x[begin:end])
+            part = torch.mm(d_z_x_block.to(dtype), weight_ih, out=d_x[begin:end] if d_x.dtype == dtype else None)
+            if d_x.dtype != dtype:
+                d_x[begin:end] = part
         end = begin
 
     if used.pull is not None:  # Σ dz ⊗ x̄; without phantom rows a step's Σ dz is zero
@@ -222,7 +225,7 @@ def backward(
     d_cell = (None, None) if norm_c is None else (norm_c.gamma_gradient(), norm_c.shift_gradient())
     found = Parameters(d_weight_ih, d_weight_hh, norm_hh.shift_gradient(), *d_gammas, *d_cell)
     likes = zip(found, p, strict=True)
-    d_parameters = Parameters(*cast(Any, (d if d is None or s is None else d.to(s.dtype) for d, s in likes)))
+    d_parameters = Parameters(*cast(Any, (None if d is None or s is None else d.to(s.dtype) for d, s in likes)))
     return d_x, d_h.to(h_0.dtype), d_c, d_parameters
 
 

@@ -9,7 +9,7 @@ from . import checks, traced
 from ._base import BNLSTMBase, States
 from .module import BNLSTM
 from .packing import Packing
-from .precision import compute_dtype
+from .precision import compute_dtype, in_input_dtype
 
 
 class BNLSTMCell(BNLSTMBase):
@@ -127,16 +127,16 @@ class BNLSTMCell(BNLSTMBase):
                 'input_stats="sequence": a cell sees one step, so it cannot make such statistics, only use them'
             )
         shape = (*input.shape[:-1], self.hidden_size)
-        dtype = compute_dtype(like)
+        rows, dtype = in_input_dtype(rows, like), compute_dtype(like)
         if hx is not None:
             h, c = (state.view(1, -1, self.hidden_size) for state in checks.states(hx, shape, like))
             hx = h.to(dtype), c.to(like.dtype)
         if traced.asked_for(rows):
-            given = traced.Sequences(rows[None].to(dtype), None, False, 1, rows.shape[0])
+            given = traced.Sequences(rows[None], None, False, 1, rows.shape[0])
             _, h_n, c_n = traced.run(self, given, hx, time)
         else:
             packing = Packing.of_equal_lengths(1, rows.shape[0], rows.device)
-            _, h_n, c_n, _ = self._run(rows.to(dtype), packing, hx, time)
+            _, h_n, c_n, _ = self._run(rows, packing, hx, time)
         return h_n.view(shape), c_n.view(shape)
 
     def extra_repr(self) -> str:

@@ -12,7 +12,7 @@ from . import checks, traced
 from .backend import BACKENDS, SAVE_CHOICES
 from .dispatch import run
 from .packing import Packing
-from .precision import compute_dtype, in_dtype
+from .precision import compute_dtype, in_dtype, in_input_dtype
 from .reference import Call, Parameters, Problem, accumulation_dtype
 from .statistics import Population, Statistics, population_at_steps, resolve_statistics, training_population
 from .tuning.mode import MODES as AUTOTUNE_MODES
@@ -35,11 +35,11 @@ class Result(NamedTuple):
 
 
 def to_rows(
-    input: Tensor | PackedSequence, lengths: Tensor | None, batch_first: bool, dtype: torch.dtype
+    input: Tensor | PackedSequence, lengths: Tensor | None, batch_first: bool, like: Tensor
 ) -> tuple[Tensor, Packing]:
-    """Checked input → rows [R, D] in `dtype` and how they are packed."""
+    """Checked input, for parameters like this → rows [R, D] and how they are packed."""
     if isinstance(input, PackedSequence):
-        return input.data.to(dtype), Packing.of_packed_sequence(input)
+        return in_input_dtype(input.data, like), Packing.of_packed_sequence(input)
     if input.dim() == 2:
         input = input.unsqueeze(1)
     elif batch_first:
@@ -51,7 +51,7 @@ def to_rows(
         packing = Packing.of_host_lengths(steps, lengths, input.device)
     else:
         packing = Packing.of_device_lengths(steps, lengths)
-    return packing.pack(input.to(dtype)), packing
+    return packing.pack(in_input_dtype(input, like)), packing
 
 
 def from_rows(
@@ -151,25 +151,24 @@ def bn_lstm(
     over_time, dtype = input_stats == "time", compute_dtype(like)
     tracing = traced.asked_for(input)
     if tracing:
-        given = traced.sequences_of(input, None if hx is None else hx, lengths, False, dtype)
+        given = traced.sequences_of(input, hx, lengths, False, like)
         batch = given.batch
     else:
         host_lengths = check_lengths(input, lengths, batch_first=False)
         batch = batch_of(input, batch_first=False)
     if training:
         checks.training_batch(batch)
-    if hx is not None:
-        h_0, c_0 = checks.states(hx, (batch, hidden), like)
-        hx = h_0.to(dtype), c_0.to(like.dtype)
+    if hx is None:
+        h, c = (like.new_zeros(batch, hidden, dtype=kind) for kind in (dtype, like.dtype))
+    else:
+        h, c = checks.states(hx, (batch, hidden), like)
+        h, c = h.to(dtype), c.to(like.dtype)
     if tracing:
         norms = traced.Norms(training, start, reverse, over_time, prior_count, eps, backend, save, autotune)
-        return _traced(input, given, hx, parameters, statistics, norms)
+        return _traced(input, given, (h, c), parameters, statistics, norms)
 
-    x, packing = to_rows(input, host_lengths, False, dtype)
-    if hx is None:
-        h, c = x.new_zeros(batch, hidden), x.new_zeros(batch, hidden, dtype=like.dtype)
-    else:
-        h, c = packing.seat(hx[0]), packing.seat(hx[1])
+    x, packing = to_rows(input, host_lengths, False, like)
+    h, c = packing.seat(h), packing.seat(c)
     population = population_of(statistics, packing, start, training, over_time, prior_count)
     x = x.index_select(0, packing.mirror) if reverse else x
     call = Call(x, h, c, in_dtype(parameters, dtype), Problem(packing, population, over_time, eps))
@@ -181,18 +180,13 @@ def bn_lstm(
 def _traced(
     input: Tensor | PackedSequence,
     given: traced.Sequences,
-    hx: tuple[Tensor, Tensor] | None,
+    hx: tuple[Tensor, Tensor],
     parameters: Parameters,
     statistics: Statistics,
     norms: traced.Norms,
 ) -> Result:
     """`bn_lstm` out of operators that a compiler does not look into; moments have all T steps, without rows too."""
-    hidden = parameters.weight_hh.shape[1]
-    if hx is None:
-        h = given.x.new_zeros(given.batch, hidden)
-        c = torch.zeros_like(h, dtype=parameters.weight_hh.dtype)
-    else:
-        h, c = hx
+    h, c = hx
     if not isinstance(input, PackedSequence):
         return Result(*traced.one_direction(given, h, c, parameters, statistics, norms))
     _, sizes, order, inverse = input

@@ -299,7 +299,7 @@ def backward(
     )
     d_x: list[Tensor | None] = [None] * directions
     if d_input is not None:
-        d_x = _times_weights(d_input, [p.weight_ih for p in parameters], needed.x)
+        d_x = _times_weights(d_input, [p.weight_ih.to(dtype) for p in parameters], needed.x)
 
     over_steps = sums.columns.sum(2)  # [.., dirs, 4H]
     of_cells = None if sums.cells is None else sums.cells.sum(2)  # [2, dirs, H]
@@ -361,7 +361,7 @@ def _input_weight_gradient(
     elif problem.frozen:
         x = stacked([call.x for call in calls])
     elif not narrow or share is not None:
-        x, mean = centred_input(stacked([call.x for call in calls]), problem.packing, rows)
+        x, mean = centred_input(stacked([call.x for call in calls]), problem.packing, rows, ran.h.dtype)
     found: list[Tensor | None] = []
     for k, need in enumerate(needed):
         total = None

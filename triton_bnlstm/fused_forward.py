@@ -53,10 +53,10 @@ def cell_affine(parameters: list[Parameters]) -> Tensor:
 
 def _project(x: Tensor, parameters: list[Parameters]) -> Tensor:
     """W_ih x of all rows, [dirs, R, D] → [dirs, R, 4H]."""
-    columns = parameters[0].weight_ih.shape[0]
-    z = launch.empty(x.shape[0], x.shape[1], columns, dtype=x.dtype, device=x.device)
+    columns, dtype = parameters[0].weight_hh.shape[0], parameters[0].weight_hh.dtype
+    z = launch.empty(x.shape[0], x.shape[1], columns, dtype=dtype, device=x.device)
     for direction, p in enumerate(parameters):
-        torch.mm(x[direction], p.weight_ih.t(), out=z[direction])
+        torch.mm(x[direction].to(dtype), p.weight_ih.to(dtype).t(), out=z[direction])
     return z
 
 
@@ -82,9 +82,10 @@ def product_of_means(mean: Tensor, weights: list[Tensor]) -> Tensor:
     return product
 
 
-def centred_input(x: Tensor, packing: Packing, rows: Rows) -> tuple[Tensor, Tensor]:
-    """X [dirs, R, D] less the mean of each step's rows (one column in float32), and that mean [dirs, T, D]."""
-    dtype = torch.float32 if x.shape[2] == 1 else x.dtype
+def centred_input(x: Tensor, packing: Packing, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """X [dirs, R, D] less the mean of each step's rows, in this dtype (one column: float32); and that mean."""
+    if x.shape[2] == 1:
+        dtype = torch.float32
     centred = launch.empty(*x.shape, dtype=dtype, device=x.device)
     if packing.mask is not None:  # rows that are not live must not make a product NaN
         centred.zero_()
@@ -103,7 +104,7 @@ def _train_input(
     """
     problem = problems[0]
     narrow = x.shape[2] == 1
-    centred, x_mean = centred_input(x, problem.packing, rows)
+    centred, x_mean = centred_input(x, problem.packing, rows, parameters[0].weight_hh.dtype)
     if narrow:  # W_ih x is x times a column: its moments are known, and it need not exist
         column = in_float32(parameters, "weight_ih").mT  # [dirs, 1, 4H]
         rest, var = launch.moments(centred, rows)  # what rounding has left of the mean

@@ -220,9 +220,11 @@ def flat_of_reference(rows: Tensor, z_x: Tensor, used: Used, saved: list[Saved])
     """What one direction of the reference path keeps, as `kept_shapes` lists it."""
     tensors = [rows, z_x, used.rstd]
     if used.x_mean is not None:
-        tensors += [used.mean, used.x_mean, *([] if used.pull is None else [used.pull])]
+        tensors += [used.mean, used.x_mean]
+    if used.pull is not None:
+        tensors.append(used.pull)
     tensors += [torch.cat([step.deviation for step in saved]), torch.stack([step.rstd for step in saved])]
-    tensors += [torch.cat([step[k] for step in saved]) for k in range(2, 7)]  # gates and c
+    tensors += [torch.cat([cast(Tensor, step[k]) for step in saved]) for k in range(2, 7)]  # gates and c
     if saved[0].c_deviation is not None:
         tensors.append(torch.cat([cast(Tensor, step.c_deviation) for step in saved]))
         tensors.append(torch.stack([cast(Tensor, step.c_rstd) for step in saved]))

@@ -190,7 +190,7 @@ class BNLSTM(BNLSTMBase):
         start, dtype = checks.integer("start", start, 0), compute_dtype(like)
         tracing = traced.asked_for(input)
         if tracing:
-            given = traced.sequences_of(input, hx, lengths, self.batch_first, dtype)
+            given = traced.sequences_of(input, hx, lengths, self.batch_first, like)
             batch = given.batch
         else:
             host_lengths = functional.check_lengths(input, lengths, self.batch_first)
@@ -206,7 +206,7 @@ class BNLSTM(BNLSTMBase):
         if tracing:
             return self._traced(given, input, hx, start, shape)
 
-        x, packing = functional.to_rows(input, host_lengths, self.batch_first, dtype)
+        x, packing = functional.to_rows(input, host_lengths, self.batch_first, like)
         if hx is not None:
             hx = packing.seat(hx[0]), packing.seat(hx[1])
         rows, h_n, c_n, _ = self._run(x, packing, hx, start)

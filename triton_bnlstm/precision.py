@@ -12,6 +12,11 @@ from .checks import autocast_is_on
 from .reference import Parameters
 
 
+def in_input_dtype(x: Tensor, like: Tensor) -> Tensor:
+    """Input in the dtype of products, if it comes so, or of the parameters: then it is rounded when it is centred."""
+    return x if x.dtype == compute_dtype(like) else x.to(like.dtype)
+
+
 def compute_dtype(like: Tensor) -> torch.dtype:
     """Dtype of matrix products and of h, for parameters like this: autocast's, where it is on; it spares float64."""
     kind = like.device.type
@@ -21,10 +26,12 @@ def compute_dtype(like: Tensor) -> torch.dtype:
 
 
 def in_dtype(parameters: Parameters, dtype: torch.dtype) -> Parameters:
-    """With weights in the dtype of products; γ, β and bias stay, since what they scale and shift is wide."""
+    """With W_hh in the dtype of products, which it so tells. What γ, β and bias scale and shift is wide, and W_ih is
+    rounded where it meets deviations: the mean of the input meets it as it is.
+    """
     if parameters.weight_hh.dtype == dtype:
         return parameters
-    return parameters._replace(weight_ih=parameters.weight_ih.to(dtype), weight_hh=parameters.weight_hh.to(dtype))
+    return parameters._replace(weight_hh=parameters.weight_hh.to(dtype))
 
 
 def without_autocast(like: Tensor) -> AbstractContextManager[Any]:

@@ -5,7 +5,7 @@ it as often as one likes. What the library calls is `bptt.layer`: this forward w
 
 Shapes: R rows of T steps, n = n_t rows in step t, B sequences, D input features, H hidden units, C = 4H gate columns in
 the order i, f, g, o. Statistics, gates and cell state are float32 (float64 for float64 parameters) whatever the
-parameters' dtype; matrix products are in the parameters' dtype.
+parameters' dtype; matrix products are in W_hh's dtype, which autocast may have made another than that of the rest.
 
 In training the mean x̄ of a step's rows (over sequences: of all rows) is taken off x before W_x meets it. Batch norm
 does not see shifts, so nothing changes but the rounding: z_x = W_x (x − x̄) is rounded relative to deviations, and not
@@ -227,14 +227,19 @@ def _use_input_statistics(
     return Used(mean, (var + problem.eps).rsqrt(), x_mean, pull), own
 
 
-def project_input(x: Tensor, weight_ih: Tensor, problem: Problem) -> tuple[Tensor, Used, Moments | None]:
-    """z_x of all rows [R, 4H] in the accumulation dtype, the statistics that normalise it, and the batch's moments."""
+def project_input(
+    x: Tensor, weight_ih: Tensor, problem: Problem, dtype: torch.dtype
+) -> tuple[Tensor, Used, Moments | None]:
+    """z_x of all rows [R, 4H] in the accumulation dtype, the statistics that normalise it, and the batch's moments.
+
+    dtype: of the product.
+    """
     x_mean = None if problem.frozen else input_mean(x, problem)
     if x_mean is not None:
         x = centre(x, x_mean, problem.packing)
         if problem.packing.mask is not None:
             x = torch.where(problem.packing.mask, x, 0)  # −x̄ is finite, W_x x̄ need not be
-    z_x = F.linear(x, weight_ih).to(accumulation_dtype(weight_ih.dtype))
+    z_x = F.linear(x.to(dtype), weight_ih.to(dtype)).to(accumulation_dtype(dtype))
     return z_x, *_use_input_statistics(z_x, x_mean, weight_ih, problem)
 
 
@@ -303,7 +308,7 @@ def forward(
     packing, population = problem.packing, problem.population
     wide = accumulation_dtype(weight_hh.dtype)
 
-    z_x, used, own_ih = project_input(x, weight_ih, problem)
+    z_x, used, own_ih = project_input(x, weight_ih, problem, weight_hh.dtype)
     scale = gamma_ih.to(wide) * used.rstd  # [T, 4H]
     shift = -used.mean * scale if bias is None else bias.to(wide) - used.mean * scale
     steps = len(packing.sizes)
@@ -320,7 +325,7 @@ def forward(
     # without a graph h is written where it stays, instead of being gathered afterwards
     places = None
     if masks is None and not torch.is_grad_enabled():
-        rows = h.new_empty(x.shape[0], h.shape[1])
+        rows = h.new_empty(x.shape[0], h.shape[1], dtype=weight_hh.dtype)
         places = rows.split(packing.sizes)
     for t, (n, z_t) in enumerate(zip(packing.sizes, z_x.split(packing.sizes), strict=True)):
         if n < h.shape[0]:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import checks, ops
 from .backend import SAVE_CHOICES, traced_backend
 from .kept import list_of_parameters, moments_of_list
-from .precision import in_dtype
+from .precision import compute_dtype, in_dtype, in_input_dtype
 from .reference import Parameters
 from .statistics import Statistics
 
@@ -28,9 +28,7 @@ def asked_for(input: Tensor | PackedSequence) -> bool:
 
 
 class Sequences(NamedTuple):
-    """Input of a layer: x [T, B, D] in the dtype of products, or rows [R, D] of a PackedSequence; lengths [B], sorted
-    for rows; T and B.
-    """
+    """Input of a layer: x [T, B, D], or rows [R, D] of a PackedSequence; lengths [B], sorted for rows; T and B."""
 
     x: Tensor
     lengths: Tensor | None
@@ -58,9 +56,9 @@ def sequences_of(
     hx: object,
     lengths: Tensor | list[int] | None,
     batch_first: bool,
-    dtype: torch.dtype,
+    like: Tensor,
 ) -> Sequences:
-    """From checked input; values of lengths are not looked at.
+    """From checked input, for parameters like this; values of lengths are not looked at.
 
     Raises:
         TypeError, ValueError: lengths are no integers for each sequence, or a PackedSequence does not say how many.
@@ -79,7 +77,7 @@ def sequences_of(
                 "enforce_sorted=False, or give hx, or a tensor and lengths"
             )
         held = (sizes[:, None] > torch.arange(batch, device=sizes.device)).sum(0)
-        return Sequences(data.to(dtype), held, True, sizes.shape[0], batch)
+        return Sequences(in_input_dtype(data, like), held, True, sizes.shape[0], batch)
     if input.dim() == 2:
         input = input.unsqueeze(1)
     elif batch_first:
@@ -87,7 +85,7 @@ def sequences_of(
     steps, batch = input.shape[:2]
     if lengths is not None:
         lengths = checks.lengths_tensor(lengths, batch, input.device)
-    return Sequences(input.to(dtype), lengths, False, steps, batch)
+    return Sequences(in_input_dtype(input, like), lengths, False, steps, batch)
 
 
 def _layer(
@@ -110,7 +108,7 @@ def _layer(
             norms.over_time,
             norms.training,
         )
-    tensors = list_of_parameters([in_dtype(own, given.x.dtype) for own in parameters])
+    tensors = list_of_parameters([in_dtype(own, h.dtype) for own in parameters])
     save = checks.choice("save", norms.save, SAVE_CHOICES)
     found: tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]] = torch.ops.triton_bnlstm.layer(
         given.x,
@@ -168,15 +166,16 @@ def run(layer: BNLSTMBase, given: Sequences, hx: States | None, start: int) -> t
     for k, suffixes in enumerate(layer._suffixes):
         parameters = [layer._checked_parameters(suffix, given.x.shape[-1]) for suffix in suffixes]
         directions = len(suffixes)
-        wide = parameters[0].weight_hh.dtype
+        like = parameters[0].weight_hh
+        dtype = compute_dtype(like)
         if hx is None:
-            h = given.x.new_zeros(directions, given.batch, layer.hidden_size)
-            c = torch.zeros_like(h, dtype=wide)
+            c = like.new_zeros(directions, given.batch, layer.hidden_size)
+            h = torch.zeros_like(c, dtype=dtype)
             if layer.training and layer.initial_noise > 0:
                 h = torch.randn_like(h) * layer.initial_noise
         else:
             places = slice(k * directions, (k + 1) * directions)
-            h, c = hx[0][places].to(given.x.dtype), hx[1][places].to(wide)
+            h, c = hx[0][places].to(dtype), hx[1][places].to(like.dtype)
         statistics = [layer._statistics_of(suffix) for suffix in suffixes]
         x, h, c, own = _layer(given, h, c, parameters, statistics, norms)
         h_n.append(h)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._base import BNLSTMBase, States
 from .packing import Packing
+from .precision import compute_dtype, in_dtype, without_autocast
 from .reference import accumulation_dtype, moments_of_rows, update_cell
 from .statistics import Moments, inherit, merge
 
@@ -85,9 +86,20 @@ class _Slots:
         return self.used.mean[0], self.used.var[0]
 
 
-def _run_direction(layer: BNLSTMBase, suffix: str, chunks: list[_Chunk], start: int, device: torch.device) -> None:
-    """One direction over all chunks; fills its statistics, and each chunk's outputs in the order of its rows."""
+def _run_direction(
+    layer: BNLSTMBase, suffix: str, chunks: list[_Chunk], start: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    """One direction over all chunks; fills its statistics, and each chunk's outputs in the order of its rows.
+
+    dtype: of matrix products, and of outputs.
+    """
     p = layer._parameters_of(suffix)
+    p = in_dtype(p, dtype)
+    weight_ih = p.weight_ih.to(dtype)
+
+    def project(x: Tensor) -> Tensor:
+        return F.linear(x.to(device, dtype), weight_ih).to(wide)
+
     found = layer._statistics_of(suffix)
     wide = accumulation_dtype(p.weight_hh.dtype)
     gamma_ih, gamma_hh = p.gamma_ih.to(wide), p.gamma_hh.to(wide)
@@ -97,13 +109,13 @@ def _run_direction(layer: BNLSTMBase, suffix: str, chunks: list[_Chunk], start: 
     home = chunks[0].h.device
 
     if not over_time:
-        all_steps = [F.linear(x.to(device), p.weight_ih).to(wide) for k in chunks for x in k.x_steps]
+        all_steps = [project(x) for k in chunks for x in k.x_steps]
         used_ih = slots_ih(0, all_steps)
         del all_steps
 
     for t in range(max(len(k.x_steps) for k in chunks)):
         held = [k for k in chunks if t < len(k.x_steps)]
-        z_xs = [F.linear(k.x_steps[t].to(device), p.weight_ih).to(wide) for k in held]
+        z_xs = [project(k.x_steps[t]) for k in held]
         if over_time:
             used_ih = slots_ih(t, z_xs)
         z_hs = [F.linear(k.h[: k.rows(t)].to(device), p.weight_hh).to(wide) for k in held]
@@ -150,6 +162,7 @@ def run_whole(layer: BNLSTMBase, calls: list[Captured], offload: bool) -> None:
     if not layer.rows:  # never trained: as if every vacated seat were inherited
         layer.rows.fill_(sum(call.packing.batch for call in calls))
     wide = accumulation_dtype(calls[0].x.dtype)
+    dtype = compute_dtype(layer._parameters_of(layer._all_suffixes()[0]).weight_hh)
     inputs = [call.x.to(home) for call in calls]
     place = 0
     for directions in layer._suffixes:
@@ -158,13 +171,14 @@ def run_whole(layer: BNLSTMBase, calls: list[Captured], offload: bool) -> None:
             chunks = []
             for call, x in zip(calls, inputs, strict=True):
                 if call.hx is None:
-                    h = x.new_zeros(call.packing.batch, layer.hidden_size)
+                    h = x.new_zeros(call.packing.batch, layer.hidden_size, dtype=dtype)
                     c = torch.zeros_like(h, dtype=wide)
                 else:
                     h, c = call.hx[0][place].clone(), call.hx[1][place].to(wide, copy=True)
                 turned = x if direction == 0 else x.index_select(0, call.packing.mirror.to(home))
                 chunks.append(_Chunk(turned, call.packing, h, c, home))
-            _run_direction(layer, suffix, chunks, start, device)
+            with without_autocast(layer.rows):
+                _run_direction(layer, suffix, chunks, start, device, dtype)
             for result, chunk in zip(results, chunks, strict=True):
                 rows = torch.cat(chunk.outputs)
                 mirror = chunk.packing.mirror.to(home) if direction else None
