@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks, functional
+from . import checks, functional, traced
 from .backend import BACKENDS, SAVE_CHOICES, requested_backend
 from .dispatch import run
 from .packing import Packing
@@ -391,7 +391,7 @@ class BNLSTMBase(nn.Module):
             self._tell_skipped_steps()
 
     def _tell_skipped_steps(self) -> None:
-        if self._skip_told or self._skipped_steps.is_meta:
+        if self._skip_told or traced.holds_nothing(self._skipped_steps):
             return
         skipped = int(self._skipped_steps)
         if skipped:

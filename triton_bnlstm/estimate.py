@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -92,11 +93,16 @@ def estimate_statistics(
     if forward is None:
         forward = _call
 
-    with _as_found(model, layers), torch.no_grad():
+    with _as_found(model, layers), torch.no_grad(), _uncompiled():
         if mode == "whole":
             _estimate_whole(model, layers, batches, forward, progress, offload)
         else:
             _estimate_by_batches(model, layers, batches, forward, progress, plain_average=mode == "paper")
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """What torch.compile has made runs as it was written: a compiled layer cannot be stopped to look at its batch."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _call(model: nn.Module, item: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, cast
@@ -98,12 +98,12 @@ def saved_bytes(
     return states + inputs + deviations + statistics
 
 
-def _run(calls: list[Call], save: str) -> Trained:
-    """The forward, and what its backward needs."""
+def _run(calls: list[Call], save: str, *, clean: bool = False) -> Trained:
+    """The forward, and what its backward needs; `clean` as in `train`."""
     if calls[0].problem.frozen:
         h, c, x = infer(calls, keep_cells=True)
         return Trained(h, c, [], x, None, None, None, None)
-    return train(calls, save)
+    return train(calls, save, clean=clean)
 
 
 def _tensors_of(ran: Trained) -> list[Tensor | None]:
@@ -161,7 +161,8 @@ class _Layer(torch.autograd.Function):
                 if options.only_kernels or ctx.layout is not None:
                     raise
                 options.failed(error)
-                found = _detached_by_the_reference(inputs, problems, wanted, flags)
+                with torch.enable_grad():
+                    found = [d if d is None else d.detach() for d in _by_the_reference(inputs, problems, wanted, flags)]
             return None, None, None, *found
 
 
@@ -192,7 +193,7 @@ _NO_GRAPH = (
 def _by_the_reference(
     inputs: tuple[Any, ...],
     problems: list[Problem],
-    wanted: Sequence[tuple[Tensor | None, ...]],
+    wanted: list[tuple[Tensor | None, ...]],
     flags: list[tuple[bool, ...]],
 ) -> list[Tensor | None]:
     """All gradients, by differentiating the reference path's forward."""
@@ -207,18 +208,6 @@ def _by_the_reference(
         else:
             found += [None] * _INPUTS
     return found
-
-
-def _detached_by_the_reference(
-    inputs: tuple[Any, ...],
-    problems: list[Problem],
-    wanted: Sequence[tuple[Tensor | None, ...]],
-    flags: list[tuple[bool, ...]],
-) -> list[Tensor | None]:
-    """The same, without a graph of their own."""
-    alone = tuple(s if s is None else s.detach().requires_grad_() for s in inputs)
-    with torch.enable_grad():
-        return [d if d is None else d.detach() for d in _by_the_reference(alone, problems, wanted, flags)]
 
 
 def _tuned(calls: list[Call], options: Options, gradients: bool) -> Options:
@@ -278,47 +267,37 @@ def forward(calls: list[Call], options: Options, *, keep: bool) -> tuple[list[Ra
     if not keep:
         moments: list[Statistics] = []
         return _ran(_without_gradient(calls, moments), dtypes, moments), []
-    ran, packing = _run(calls, options.save), calls[0].problem.packing
+    ran, packing = _run(calls, options.save, clean=True), calls[0].problem.packing
     results = tuple(_results(ran.h, last_states(ran.h, packing), last_states(ran.c, packing), packing))
     return _ran(results, dtypes, ran.moments), [s for s in _tensors_of(ran) if s is not None]
 
 
 def backward(
     calls: list[Call],
-    kept: list[Tensor] | None,
+    kept: list[Tensor],
     wanted: list[tuple[Tensor | None, Tensor | None, Tensor | None]],
     flags: list[tuple[bool, ...]],
-    options: Options,
+    save: str,
 ) -> list[Tensor | None]:
     """Gradients of x, h_0, c_0 and the seven parameters of each direction, without autograd.
 
     Args:
         calls: what was called.
-        kept: by `forward`. None: by nobody, since a kernel had failed; then the reference path runs again.
+        kept: by `forward`.
         wanted: gradients of rows, h_n and c_n of each direction.
         flags: which gradients are needed.
-        options: as in `forward`.
+        save: as in `forward`.
+
+    Raises:
+        KernelError: a kernel cannot run here.
     """
-    if kept is not None:
-        h, c, x, *tables = kept
-        if tables:
-            deviation = tables.pop(0) if options.save == "preactivations" else None
-            ran = Trained(h, c, [], x, deviation, tables[0], tables[1], tables[2] if len(tables) > 2 else None)
-        else:
-            ran = Trained(h, c, [], x, None, None, None, None)
-        layout = explicit_backward_config()
-        try:
-            return fused_backward.backward(calls, ran, wanted, flags, layout, reuse=False)
-        except KernelError as error:
-            if options.only_kernels or layout is not None:
-                raise
-            options.failed(error)
-    return _detached_by_the_reference(
-        tuple(s for call in calls for s in (call.x, call.h, call.c, *call.parameters)),
-        [call.problem for call in calls],
-        wanted,
-        flags,
-    )
+    h, c, x, *tables = kept
+    deviation = ih = hh = cell = None
+    if tables:
+        deviation = tables.pop(0) if save == "preactivations" else None
+        ih, hh, cell, *_ = (*tables, None)
+    ran = Trained(h, c, [], x, deviation, ih, hh, cell)
+    return fused_backward.backward(calls, ran, wanted, flags, explicit_backward_config(), reuse=False)
 
 
 @torch.no_grad()

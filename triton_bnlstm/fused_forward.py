@@ -186,8 +186,8 @@ def _used(own: Tensor, population: Tensor | None, share: Tensor | None, eps: flo
     return torch.stack([-rest * gap, (var + eps).rsqrt()])
 
 
-def train(calls: list[Call], keep: str | None) -> Trained:
-    """The forward in training. keep: "preactivations" keeps deviations of W_hh h."""
+def train(calls: list[Call], keep: str | None, *, clean: bool = False) -> Trained:
+    """The forward in training. keep: "preactivations" keeps deviations of W_hh h; clean: zeros where there are none."""
     problems, parameters = [call.problem for call in calls], [call.parameters for call in calls]
     packing, eps = problems[0].packing, problems[0].eps
     rows = rows_of(packing)
@@ -199,6 +199,8 @@ def train(calls: list[Call], keep: str | None) -> Trained:
     deviation = None
     if keep == "preactivations":
         deviation = launch.empty(len(calls), rows.rows, 4 * h.shape[2], dtype=dtype, device=h.device)
+        if clean and masked:
+            deviation.zero_()
     population = population_c = share = cell = None
     if problems[0].population is not None:
         population, share = populations(problems, "hh"), shares(problems)

@@ -11,8 +11,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from . import dispatch
 from .backend import why_no_kernels
-from .dispatch import KERNEL_DEVICES
 from .reference import Parameters, Problem, Saved, Used, accumulation_dtype
 from .statistics import Moments, Population, Statistics
 
@@ -160,7 +160,7 @@ def takes_kernels(s: Setting, like: Tensor) -> bool:
     """Whether what is kept is what the kernels keep; the reference path may still run, if a kernel fails."""
     if s.backend != "auto":
         return s.backend == "triton"
-    return like.device.type in KERNEL_DEVICES and why_no_kernels(like.device, like.dtype) is None
+    return like.device.type in dispatch.KERNEL_DEVICES and why_no_kernels(like.device, like.dtype) is None
 
 
 def kept_shapes(n: Sizes, s: Setting, like: Tensor, *, seats: bool) -> list[Shape]:
@@ -200,13 +200,12 @@ def _kept_by_kernels(n: Sizes, s: Setting, dtype: torch.dtype, *, seats: bool) -
 
 
 def put(tensors: list[Tensor], room: list[Shape]) -> list[Tensor]:
-    """Each flat, with as much room as its shape there has; memory that is taken as a whole is not copied."""
+    """Each flat, with as much room as its shape there has, filled with zeros; not copied where there is none left."""
     kept = []
     for tensor, shape in zip(tensors, room, strict=True):
         flat = on_its_own(tensor).view(-1)
         if flat.numel() != shape.numel():
-            flat, part = flat.new_empty(shape.numel()), flat
-            flat[: part.numel()] = part
+            flat = torch.cat([flat, flat.new_zeros(shape.numel() - flat.numel())])
         kept.append(flat)
     return kept
 

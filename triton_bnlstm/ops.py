@@ -16,6 +16,7 @@ from torch import Tensor
 from . import sequence
 from .kept import Setting, Sizes, kept_shapes, list_of_population, moments_of_list, on_its_own
 from .precision import without_autocast
+from .recompute import in_backward
 from .resolved import resolved_statistics
 from .statistics import Moments, Statistics, population_at_steps, population_with_phantoms, update_statistics_
 
@@ -44,6 +45,12 @@ def list_of_statistics(found: list[Statistics]) -> list[Tensor]:
 
 # What normalises from outside the batch
 
+_RECOMPUTED = (
+    "a checkpoint runs a compiled BN-LSTM again that was trained on unequal lengths, and the population that took its "
+    "vacated seats has moved on. Leave the layer out of what is checkpointed, or out of what is compiled "
+    "(torch.compiler.disable): uncompiled it finds the population as it was. prior_count=0 takes nothing from it"
+)
+
 
 @torch.library.custom_op(
     "triton_bnlstm::population",
@@ -68,6 +75,8 @@ def population(
 ) -> list[Tensor]:
     """Mean and variance of each norm at steps start, start + 1, …, [T, ·]; in training the batch's weight [T], too."""
     found = []
+    if training and prior_count != 0 and in_backward():
+        raise RuntimeError(_RECOMPUTED)
     if training:
         packing = sequence.packing_of(lengths, steps, batch, statistics[0].device, rows=rows)
         count = on_its_own(packing.count, steps)
@@ -267,7 +276,12 @@ def learn(
     cell_norm: bool,
     over_time: bool,
 ) -> None:
-    """Merge a training step's moments into the population, all directions or, where not all are finite, none."""
+    """Merge a training step's moments into the population, all directions or, where not all are finite, none.
+
+    A forward that runs again inside a backward, for a checkpoint, is not learnt from again.
+    """
+    if in_backward():
+        return
     known = statistics_of_list(statistics, cell_norm=cell_norm)
     own = moments_of_list(moments, len(known), batch, over_time=over_time, cell_norm=cell_norm)
     finite = update_statistics_(list(zip(known, own, strict=True)), start, momentum)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from .kept import (
     take,
     takes_kernels,
 )
+from .kernels.config import explicit_backward_config
 from .kernels.errors import KernelError
 from .packing import Packing
 from .reference import Call, Problem, Ran, Saved, accumulation_dtype
@@ -137,17 +138,14 @@ def forward(
     return Results(output.contiguous(), h_n, c_n.to(c_0.dtype), moments, kept)
 
 
-def _options(calls: list[Call], s: Setting) -> Any:
-    return dispatch.options_of(calls, s.backend, s.save, s.autotune)
-
-
 def _on_the_kernels(calls: list[Call], s: Setting, *, keep: bool) -> tuple[list[Ran], list[Tensor]] | None:
     """None where the reference path has to do it."""
     if not dispatch.for_kernels(calls, s.backend):
         return None
     fused = importlib.import_module("triton_bnlstm.fused")
+    options = dispatch.options_of(calls, s.backend, s.save, s.autotune)
     try:
-        return cast("tuple[list[Ran], list[Tensor]]", fused.forward(calls, _options(calls, s), keep=keep))
+        return cast("tuple[list[Ran], list[Tensor]]", fused.forward(calls, options, keep=keep))
     except KernelError as error:
         if not dispatch.may_step_in(s.backend):
             raise
@@ -214,15 +212,16 @@ def backward(
         of_parameters = [False if p is None else next(own) for p in calls[k].parameters]
         flags.append((*needed[:3], *of_parameters))
     real = n._replace(steps=len(packing.sizes), rows=sum(packing.sizes))
-    shapes = kept_shapes(real, s, h_0, seats=seats)
+    tensors = take(kept, kept_shapes(real, s, h_0, seats=seats))
+    found = None
     if takes_kernels(s, h_0):
-        fused = importlib.import_module("triton_bnlstm.fused")
-        tensors = None if s.backend == "auto" and dispatch.has_failed(calls) else take(kept, shapes)
-        found = fused.backward(calls, tensors, wanted, flags, _options(calls, s))
-    else:
-        found = _backward_on_the_reference_path(calls, take(kept, shapes), wanted, flags, seats=seats)
+        found = _backward_on_the_kernels(calls, tensors, wanted, flags, s)
+        if found is None:
+            _, tensors = _on_the_reference_path(calls, keep=True)
+    if found is None:
+        found = _backward_on_the_reference_path(calls, tensors, wanted, flags, seats=seats)
 
-    inputs = [found[k * bptt.INPUTS : (k + 1) * bptt.INPUTS] for k in range(directions)]
+    inputs: list[list[Tensor | None]] = [found[k * bptt.INPUTS : (k + 1) * bptt.INPUTS] for k in range(directions)]
     d_x = None
     if needed[0]:
         d_x = cast(Tensor, sum(_turned([cast(Tensor, own[0]) for own in inputs], packing, s)))
@@ -230,13 +229,33 @@ def backward(
             d_x = torch.where(packing.mask, d_x, 0)
         d_x = (d_x if s.rows else packing.unpack(d_x)).contiguous()
     states = [
-        packing.unseat(torch.stack([own[k] for own in inputs])).to(like.dtype) if needed[k] else None
+        packing.unseat(torch.stack([cast(Tensor, own[k]) for own in inputs])).to(like.dtype) if needed[k] else None
         for k, like in ((1, h_0), (2, c_0))
     ]
     there = [p is not None for p in calls[0].parameters]
     listed = [d for own in inputs for d, given in zip(own[3:], there, strict=True) if given]
     of_list = [d if need else None for d, need in zip(listed, needed[3:], strict=True)]
     return Gradients(d_x, states[0], states[1], of_list)
+
+
+def _backward_on_the_kernels(
+    calls: list[Call],
+    tensors: list[Tensor],
+    wanted: list[tuple[Tensor | None, Tensor | None, Tensor | None]],
+    flags: list[tuple[bool, ...]],
+    s: Setting,
+) -> list[Tensor | None] | None:
+    """None where the reference path has to do it, as it has done the forward, or since a kernel fails now."""
+    if s.backend == "auto" and dispatch.has_failed(calls):
+        return None
+    fused = importlib.import_module("triton_bnlstm.fused")
+    try:
+        return cast("list[Tensor | None]", fused.backward(calls, tensors, wanted, flags, s.save))
+    except KernelError as error:
+        if not dispatch.may_step_in(s.backend) or explicit_backward_config() is not None:
+            raise
+        dispatch.note_failure(dispatch.case_of(calls), error)
+        return None
 
 
 def _backward_on_the_reference_path(

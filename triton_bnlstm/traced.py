@@ -27,6 +27,11 @@ def asked_for(input: Tensor | PackedSequence) -> bool:
     return torch.compiler.is_compiling() or isinstance(data, FakeTensor)
 
 
+def holds_nothing(tensor: Tensor) -> bool:
+    """Whether there are no values to look at."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
 class Sequences(NamedTuple):
     """Input of a layer: x [T, B, D], or rows [R, D] of a PackedSequence; lengths [B], sorted for rows; T and B."""
 
