@@ -184,7 +184,7 @@ class BNLSTM(BNLSTMBase):
         start: int = 0,
     ) -> tuple[Tensor | PackedSequence, States]:
         """See the class."""
-        like = self._parameters_of(self._suffixes[0][0]).weight_hh
+        like = self._like()
         checks.rows_of_input(input, self.input_size, self.batch_first, like)
         host_lengths = functional.check_lengths(input, lengths, self.batch_first)
         start = checks.integer("start", start, 0)
@@ -341,7 +341,7 @@ class BNLSTM(BNLSTMBase):
         """
         if self.cell_norm:
             raise ValueError("cell_norm: a layer that normalises its cell state cannot be folded into an nn.LSTM")
-        weight = self._parameters_of(self._suffixes[0][0]).weight_hh
+        like = self._like()
         lstm = nn.LSTM(
             self.input_size,
             self.hidden_size,
@@ -350,8 +350,8 @@ class BNLSTM(BNLSTMBase):
             self.batch_first,
             self.dropout if self.num_layers > 1 else 0.0,
             self.bidirectional,
-            device=weight.device,
-            dtype=weight.dtype,
+            device=like.device,
+            dtype=like.dtype,
         )
         with torch.no_grad():
             for suffix in self._all_suffixes():
