@@ -1,6 +1,6 @@
 """On a CPU, what would make the host wait for a GPU: operations whose results it has to look at, and where they are.
 
-tests/test_gpu.py asks CUDA itself; this finds a new one without a GPU.
+tests/test_gpu_graphs.py asks CUDA itself; this finds a new one without a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import triton_bnlstm
-from tests.kernel_cases import device_lengths
+from tests.kernel_cases import DEVICE, device_lengths
 from tests.support import make_layer, need_kernels
 from triton_bnlstm import BNLSTMCell, _base, checks
 
@@ -128,6 +128,8 @@ OPTIONS = {
 def test_a_training_step_and_evaluation_do_not_wait(backend, options, lengths, monkeypatch):
     if backend == "triton":
         need_kernels()
+        if DEVICE != "cpu":
+            pytest.skip("CUDA itself tells, see tests/test_gpu_graphs.py")
     lengths_stay_where_they_are(monkeypatch)
     given = {"input_size": 3, **OPTIONS[options]}
     layer = make_layer(**given, backend=backend, dtype=torch.float32)
