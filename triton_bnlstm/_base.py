@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks, functional, traced
+from . import checks, functional, state, traced
 from .backend import BACKENDS, SAVE_CHOICES, requested_backend
 from .dispatch import run
 from .packing import Packing
@@ -51,6 +51,7 @@ class BNLSTMBase(nn.Module):
 
     rows: Tensor
     _skipped_steps: Tensor
+    _version = state.VERSION
 
     def __init__(
         self,
@@ -157,6 +158,10 @@ class BNLSTMBase(nn.Module):
             raise ValueError(f"weight_ih{suffix} and weight_hh{suffix} {shapes} are not of this layer's size")
         return parameters
 
+    def _like(self) -> Tensor:
+        """A parameter that tells device and dtype: not a weight, which a parametrisation would compute for this."""
+        return cast(Tensor, getattr(self, "gamma_hh" + self._suffixes[0][0]))
+
     def _statistics_of(self, suffix: str) -> Statistics:
         """The buffers themselves."""
 
@@ -234,28 +239,25 @@ class BNLSTMBase(nn.Module):
         """Conversions of dtype are for the parameters: statistics go to float32 or float64 as these say."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
-        wide = accumulation_dtype(self._parameters_of(self._all_suffixes()[0]).weight_hh.dtype)
         for name, old in before.items():
             new = self._buffers[name]
             if old is None or new is None or not old.is_floating_point():
                 continue
-            counted = name == "rows" or name.startswith("count_")
-            dtype = torch.float64 if counted else wide
+            dtype = state.buffer_dtype(name, self._like().dtype)
             if new.dtype != dtype:
                 self._buffers[name] = old.to(device=new.device, dtype=dtype)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for suffix in self._all_suffixes():
-            saved = state_dict.get(f"{prefix}mean_hh{suffix}")
-            if isinstance(saved, Tensor) and saved.dim() == 2 and saved.shape[0] != self.max_length:
-                raise ValueError(
-                    f"max_length: this state_dict was saved with max_length={saved.shape[0]}, the layer "
-                    f"{prefix.rstrip('.') or type(self).__name__} has max_length={self.max_length}. Call "
-                    f"set_max_length({saved.shape[0]}) on it, load the state_dict, then call "
-                    f"set_max_length({self.max_length})"
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        errors = args[-1]
+        state.prepare(self, self._all_suffixes(), self.max_length, state_dict, prefix, local_metadata, errors)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if local_metadata.get("assign_to_params_buffers", False):  # tools that halve all floats halve statistics too
+            for name, buffer in self.named_buffers(recurse=False):
+                if buffer.is_floating_point():
+                    self._buffers[name] = buffer.to(state.buffer_dtype(name, self._like().dtype))
         self._skipped_steps = torch.zeros_like(self._skipped_steps, device=self.rows.device)
         self._forget_the_moment()
 
@@ -311,7 +313,7 @@ class BNLSTMBase(nn.Module):
             backend = self._asked_for
         self._asked_for = backend
         mirrored = packing.mirror if any(len(directions) > 1 for directions in self._suffixes) else None
-        dtype = compute_dtype(self._parameters_of(self._all_suffixes()[0]).weight_hh)
+        dtype = compute_dtype(self._like())
         h_n: list[Tensor] = []
         c_n: list[Tensor] = []
         moments: list[Statistics | None] = []

@@ -87,9 +87,9 @@ class BNLSTMCell(BNLSTMBase):
         if not 0 <= index < layer.num_layers:
             raise IndexError(f"index must be in 0..{layer.num_layers - 1}, got {index}")
         suffix = f"_l{index}"
-        weight = layer._parameters_of(suffix).weight_ih
+        like = layer._like()
         cell = cls(
-            weight.shape[1],
+            layer.input_size if index == 0 else layer.hidden_size * len(layer._suffixes[0]),
             layer.hidden_size,
             layer.bias,
             max_length=layer.max_length,
@@ -101,8 +101,8 @@ class BNLSTMCell(BNLSTMBase):
             recurrent_init=layer.recurrent_init,
             forget_bias=layer.forget_bias,
             backend=layer.backend,
-            device=weight.device,
-            dtype=weight.dtype,
+            device=like.device,
+            dtype=like.dtype,
         )
         names = {name: name if name == "rows" else name + suffix for name in cell.state_dict()}
         # not from its state_dict, where a parametrised weight has another name
@@ -112,7 +112,7 @@ class BNLSTMCell(BNLSTMBase):
 
     def forward(self, input: Tensor, hx: States | None = None, time: int = 0) -> States:
         """See the class."""
-        like = self._parameters_of("").weight_hh
+        like = self._like()
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a tensor, got {type(input).__name__}")
         if input.dim() not in (1, 2):

@@ -19,14 +19,22 @@ from .tuning.mode import requested_autotune
 # What auto takes the kernels for: the interpreter is for those who ask for it.
 KERNEL_DEVICES = ("cuda",)
 
+# Batches may come in any number of sizes, and errors tell of them: what is known of them is forgotten at some point.
+_MOST_KNOWN = 4096
 _told: set[str] = set()
 _failed: set[tuple[object, ...]] = set()
 
 
 def _tell_once(message: str) -> None:
     if message not in _told:
-        _told.add(message)
+        _add(_told, message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _add(known: set[Any], new: object) -> None:
+    if len(known) >= _MOST_KNOWN:
+        known.clear()
+    known.add(new)
 
 
 def _tell(message: str) -> None:
@@ -75,7 +83,7 @@ def for_kernels(calls: list[Call], requested: str) -> bool:
 
 def note_failure(case: tuple[object, ...], error: KernelError) -> None:
     """From now on "auto" takes the reference path for calls like these; said once."""
-    _failed.add(case)
+    _add(_failed, case)
     _tell_once(f"triton_bnlstm runs on the reference path: a kernel could not run here ({error})")
 
 

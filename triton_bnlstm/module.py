@@ -185,7 +185,7 @@ class BNLSTM(BNLSTMBase):
         start: int = 0,
     ) -> tuple[Tensor | PackedSequence, States]:
         """See the class."""
-        like = self._parameters_of(self._suffixes[0][0]).weight_hh
+        like = self._like()
         checks.rows_of_input(input, self.input_size, self.batch_first, like)
         start, dtype = checks.integer("start", start, 0), compute_dtype(like)
         tracing = traced.asked_for(input)
@@ -373,7 +373,7 @@ class BNLSTM(BNLSTMBase):
         """
         if self.cell_norm:
             raise ValueError("cell_norm: a layer that normalises its cell state cannot be folded into an nn.LSTM")
-        weight = self._parameters_of(self._suffixes[0][0]).weight_hh
+        like = self._like()
         lstm = nn.LSTM(
             self.input_size,
             self.hidden_size,
@@ -382,8 +382,8 @@ class BNLSTM(BNLSTMBase):
             self.batch_first,
             self.dropout if self.num_layers > 1 else 0.0,
             self.bidirectional,
-            device=weight.device,
-            dtype=weight.dtype,
+            device=like.device,
+            dtype=like.dtype,
         )
         with torch.no_grad():
             for suffix in self._all_suffixes():

@@ -57,6 +57,10 @@ class Calls:
         self.with_graph: weakref.WeakSet[_Call] = weakref.WeakSet()
         self.without_graph: deque[_Call] = deque(maxlen=GRAPHLESS_CALLS)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Calls:
+        """None of them: they are the original's to run again."""
+        return Calls()
+
     def remember(self, mark: Tensor, populations: list[Population | None], results: tuple[Tensor, ...]) -> None:
         """Keep a call for as long as the graph of any of its results."""
         self.number += 1

@@ -162,7 +162,7 @@ def run_whole(layer: BNLSTMBase, calls: list[Captured], offload: bool) -> None:
     if not layer.rows:  # never trained: as if every vacated seat were inherited
         layer.rows.fill_(sum(call.packing.batch for call in calls))
     wide = accumulation_dtype(calls[0].x.dtype)
-    dtype = compute_dtype(layer._parameters_of(layer._all_suffixes()[0]).weight_hh)
+    dtype = compute_dtype(layer._like())
     inputs = [call.x.to(home) for call in calls]
     place = 0
     for directions in layer._suffixes:
