@@ -105,8 +105,8 @@ def rows_of_input(value: Any, input_size: int, batch_first: bool, like: Tensor) 
     same_kind("input", data, like)
 
 
-def lengths_of_batch(lengths: Any, steps: int, batch: int, device: torch.device) -> Tensor:
-    """`lengths` as a tensor [B]. On the host every value is checked; on an accelerator none is looked at."""
+def lengths_of_batch(lengths: Any, steps: int, batch: int, device: torch.device, look: bool = True) -> Tensor:
+    """`lengths` as a tensor [B]. On the host every value is checked (`look`); on an accelerator none is looked at."""
     if not isinstance(lengths, Tensor):
         try:
             lengths = torch.as_tensor(lengths, device="cpu")
@@ -122,6 +122,8 @@ def lengths_of_batch(lengths: Any, steps: int, batch: int, device: torch.device)
     if lengths.device.type != "cpu":
         if lengths.device != device:
             raise ValueError(f"lengths is on {lengths.device}, the input on {device}: use the CPU or the same device")
+        return lengths
+    if not look:
         return lengths
     shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest < 1:

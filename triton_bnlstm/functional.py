@@ -178,15 +178,15 @@ def batch_of(input: Tensor | PackedSequence, batch_first: bool) -> int:
 
 
 def check_lengths(
-    input: Tensor | PackedSequence, lengths: Tensor | list[int] | None, batch_first: bool
+    input: Tensor | PackedSequence, lengths: Tensor | list[int] | None, batch_first: bool, look: bool = True
 ) -> Tensor | None:
-    """`lengths` against checked input."""
+    """`lengths` against checked input; look: their values too, where the host has them."""
     if lengths is None:
         return None
     if isinstance(input, PackedSequence):
         raise ValueError("lengths: a PackedSequence has its own lengths")
     time = 1 if batch_first and input.dim() == 3 else 0
-    return checks.lengths_of_batch(lengths, input.shape[time], batch_of(input, batch_first), input.device)
+    return checks.lengths_of_batch(lengths, input.shape[time], batch_of(input, batch_first), input.device, look)
 
 
 def check_parameters(parameters: Parameters, prefix: str = "parameters.", suffix: str = "") -> None:

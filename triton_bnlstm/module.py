@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, functional
+from . import checks, functional, plain
 from ._base import BNLSTMBase, States
 from .statistics import Moments, resolve_statistics
 
@@ -184,6 +184,8 @@ class BNLSTM(BNLSTMBase):
         start: int = 0,
     ) -> tuple[Tensor | PackedSequence, States]:
         """See the class."""
+        if plain.requested():
+            return plain.run_layer(self, input, hx, lengths, start)
         like = self._parameters_of(self._suffixes[0][0]).weight_hh
         checks.rows_of_input(input, self.input_size, self.batch_first, like)
         host_lengths = functional.check_lengths(input, lengths, self.batch_first)
