@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, functional
-from .reference import Parameters, accumulation_dtype, update_cell
+from .reference import Parameters, accumulation_dtype
 from .statistics import Moments, Statistics, resolve_statistics
 
 if TYPE_CHECKING:
+    from ._base import BNLSTMBase
     from .cell import BNLSTMCell
     from .module import BNLSTM
 
@@ -32,7 +33,8 @@ States = tuple[Tensor, Tensor]
 def requested() -> bool:
     """Whether a call is being recorded for ONNX."""
     # asked first because they are cheap: the last one imports the exporter
-    return (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+    recording = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return recording and torch.onnx.is_in_onnx_export()
 
 
 def evaluate(
@@ -43,7 +45,7 @@ def evaluate(
     parameters: list[Parameters],
     statistics: list[Statistics],
     *,
-    start: int | torch.SymInt = 0,
+    start: int = 0,
     over_time: bool = True,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,14 +121,14 @@ def _at_steps(
 
 
 def _step(h: Tensor, c: Tensor, weight_hh: Tensor, a: Tensor, scale_hh: Tensor, *cell_norm: Tensor) -> States:
-    """One step from h and c [B, H]: a [B, 4H] holds all but W_hh h · scale_hh; cell_norm: scale and shift [H], or none."""
-    z = F.linear(h, weight_hh).to(a.dtype)
-    _, _, _, o, c = update_cell(a + z * scale_hh, c)
+    """One step from h and c [B, H]: a [B, 4H] is all but W_hh h · scale_hh; cell_norm: scale and shift [H], if any."""
+    i, f, g, o = (a + F.linear(h, weight_hh).to(a.dtype) * scale_hh).chunk(4, 1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     normed = c
     if cell_norm:
         scale, shift = cell_norm
         normed = c * scale + shift
-    return (o * normed.tanh()).to(h.dtype), c
+    return (o.sigmoid() * normed.tanh()).to(h.dtype), c
 
 
 def _direction(
@@ -161,9 +163,7 @@ def _direction(
     return output, h_n, c_n.to(c.dtype)
 
 
-def run_layer(
-    layer: BNLSTM, input: Any, hx: Any, lengths: Any, start: int | torch.SymInt
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def run_layer(layer: BNLSTM, input: Any, hx: Any, lengths: Any, start: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`BNLSTM.forward` by way of `evaluate`; lengths are clamped to 1..T instead of being looked at.
 
     Raises:
@@ -179,21 +179,23 @@ def run_layer(
     start = _slot("start", start)
     unbatched, directions = input.dim() == 2, len(layer._suffixes[0])
     x = input.unsqueeze(1) if unbatched else input.transpose(0, 1) if layer.batch_first else input
-    x, batch = x.to(like.dtype), x.shape[1]
+    x, batch = x.detach().to(like.dtype), x.shape[1]
     places = layer.num_layers * directions
     shape = (places, layer.hidden_size) if unbatched else (places, batch, layer.hidden_size)
-    states: list[Any] = [None, None]
+    h_0: Any = [None] * layer.num_layers
+    c_0: Any = h_0
     if hx is not None:
-        states = [s.to(like.dtype).view(places, batch, -1) for s in checks.states(hx, shape, like)]
+        by_layer = (layer.num_layers, directions, batch, layer.hidden_size)
+        h_0, c_0 = (state.detach().to(like.dtype).view(by_layer) for state in checks.states(hx, shape, like))
 
     h_n, c_n = [], []
     for k, suffixes in enumerate(layer._suffixes):
-        own = slice(k * directions, (k + 1) * directions)
         x, h, c = evaluate(
             x,
             lengths,
-            *(None if state is None else state[own] for state in states),
-            [layer._parameters_of(suffix) for suffix in suffixes],
+            h_0[k],
+            c_0[k],
+            [_constants(layer, suffix) for suffix in suffixes],
             [layer._statistics_of(suffix) for suffix in suffixes],
             start=start,
             over_time=layer.input_stats == "time",
@@ -205,7 +207,7 @@ def run_layer(
     return output, (torch.cat(h_n).view(shape), torch.cat(c_n).view(shape))
 
 
-def run_cell(cell: BNLSTMCell, input: Tensor, hx: States | None, time: int | torch.SymInt) -> States:
+def run_cell(cell: BNLSTMCell, input: Tensor, hx: States | None, time: int) -> States:
     """`BNLSTMCell.forward` of checked input, by plain operations.
 
     Raises:
@@ -213,7 +215,7 @@ def run_cell(cell: BNLSTMCell, input: Tensor, hx: States | None, time: int | tor
         TypeError, ValueError: hx or time is wrong; the message names it.
     """
     _refuse(cell.training)
-    parameters = cell._parameters_of("")
+    parameters = _constants(cell, "")
     dtype = parameters.weight_hh.dtype
     x = input.to(dtype).view(1, -1, cell.input_size)
     slot = torch.arange(1, device=x.device) + _slot("time", time)
@@ -229,11 +231,22 @@ def run_cell(cell: BNLSTMCell, input: Tensor, hx: States | None, time: int | tor
 
 def _refuse(training: bool) -> None:
     if training:
-        raise RuntimeError("call eval() before exporting to ONNX: training mode normalises by the batch and learns from it")
+        raise RuntimeError(
+            "call eval() before exporting to ONNX: a program has no training mode, and normalises by the population"
+        )
     if not torch.compiler.is_exporting():
-        raise RuntimeError("exporting to ONNX needs torch.onnx.export(..., dynamo=True): TorchScript cannot record scan")
+        raise RuntimeError(
+            "exporting to ONNX needs torch.onnx.export(..., dynamo=True): TorchScript cannot record scan"
+        )
 
 
-def _slot(name: str, value: int | torch.SymInt) -> int | torch.SymInt:
-    """`value` checked, unless the program is to take it as an argument."""
+def _constants(layer: BNLSTMBase, suffix: str) -> Parameters:
+    """Checked parameters without gradients: an ONNX program has none, but Dynamo would look, in the scan, and warn."""
+    parameters = layer._parameters_of(suffix)
+    functional.check_parameters(parameters, "", suffix)
+    return Parameters(*(None if p is None else p.detach() for p in parameters))  # type: ignore[arg-type]
+
+
+def _slot(name: str, value: int) -> int:
+    """`value` checked, unless it is symbolic: then the program takes it as an argument."""
     return value if isinstance(value, torch.SymInt) else checks.integer(name, value, 0)
