@@ -9,17 +9,13 @@ from torch.export import Dim
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
-from tests.support import CLOSE, make_layer
+from tests.support import CLOSE, EXPORTER_WARNINGS, make_layer
 from triton_bnlstm import BNLSTMCell, plain
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-pytestmark = [
-    # the exporter's own, of what it imports and how it copies a program
-    pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.filterwarnings(*EXPORTER_WARNINGS)
 
 FREE = Dim.DYNAMIC
 # float32 in another order, over a dozen steps: some roundings of numbers of order one, each 6e-8

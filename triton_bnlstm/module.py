@@ -72,7 +72,7 @@ class BNLSTM(BNLSTMBase):
         * **hx**: (h_0, c_0), each [num_layers · directions, B, H] (unbatched: without B); zeros when None.
         * **lengths**: [B] integers, steps of each sequence, as in a PackedSequence; what stands beyond in `input` is
           never read. A list or a CPU tensor is checked; a tensor on the input's own accelerator is clamped to 1..T
-          instead, so that nothing waits for the device.
+          instead, so that nothing waits for the device, and so are those that an ONNX program is given.
         * **start**: slot of the first step, for sequences given in chunks. A sequence that ended in an earlier chunk
           is left out of the batch, and of hx. Slots of the second direction count from the end of each chunk.
 

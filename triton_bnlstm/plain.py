@@ -49,7 +49,7 @@ def evaluate(
     over_time: bool = True,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer with all its directions, normalised by the population.
+    """One layer with all its directions, normalised by the population. Not for gradients: NaN in padding reaches them.
 
     Args:
         x: [T, B, D] in the parameters' dtype; what stands beyond a sequence's length may be anything, NaN too.
@@ -72,7 +72,6 @@ def evaluate(
         lengths = lengths.to(x.device, torch.int64).clamp(1, x.shape[0])
         valid = (time[:, None] < lengths)[..., None]  # [T, B, 1]
         mirror = torch.where(valid, (lengths - 1 - time[:, None])[..., None], time[:, None, None])
-        x = torch.where(valid, x, 0)
 
     outputs, h_n, c_n = [], [], []
     for k, (own, population) in enumerate(zip(parameters, statistics, strict=True)):
