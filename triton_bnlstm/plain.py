@@ -142,23 +142,23 @@ def _direction(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All steps of one direction in the order of x: h of each step [T, B, H], h_n and c_n [B, H]."""
-    from torch._higher_order_ops.scan import scan  # imports Dynamo, which takes a second
+    from torch._higher_order_ops.scan import scan_op  # imports what nobody needs who does not export
 
     terms = _at_steps(x, slot, parameters, statistics, over_time, eps)
+    each = len(terms)
     terms += [] if valid is None else [valid]
-    weight_hh = parameters.weight_hh
 
-    def step(carry: list[Tensor], terms: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        h, c = carry
-        if valid is None:
-            h, c = _step(h, c, weight_hh, *terms)
-        else:
-            *terms, keep = terms
-            h_new, c_new = _step(h, c, weight_hh, *terms)
-            h, c = torch.where(keep, h_new, h), torch.where(keep, c_new, c)
-        return [h, c], h.clone()  # scan allows no two names of one tensor
+    def step(h: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        *given, weight_hh = tensors
+        h_new, c_new = _step(h, c, weight_hh, *given[:each])
+        for keep in given[each:]:
+            h_new, c_new = torch.where(keep, h_new, h), torch.where(keep, c_new, c)
+        return h_new, c_new, h_new.clone()  # scan allows no two names of one tensor
 
-    (h_n, c_n), output = scan(step, [h, c.to(accumulation_dtype(c.dtype))], terms)
+    # The operator and not the function `scan`: that one has Dynamo look at `step`, and compare sizes that are to be
+    # free with those of programs recorded before.
+    states = [h, c.to(accumulation_dtype(c.dtype))]
+    h_n, c_n, output = scan_op(step, states, terms, (parameters.weight_hh,))
     return output, h_n, c_n.to(c.dtype)
 
 
@@ -178,14 +178,14 @@ def run_layer(layer: BNLSTM, input: Any, hx: Any, lengths: Any, start: int) -> t
     start = _slot("start", start)
     unbatched, directions = input.dim() == 2, len(layer._suffixes[0])
     x = input.unsqueeze(1) if unbatched else input.transpose(0, 1) if layer.batch_first else input
-    x, batch = x.detach().to(like.dtype), x.shape[1]
+    x, batch = x.to(like.dtype), x.shape[1]
     places = layer.num_layers * directions
     shape = (places, layer.hidden_size) if unbatched else (places, batch, layer.hidden_size)
     h_0: Any = [None] * layer.num_layers
     c_0: Any = h_0
     if hx is not None:
         by_layer = (layer.num_layers, directions, batch, layer.hidden_size)
-        h_0, c_0 = (state.detach().to(like.dtype).view(by_layer) for state in checks.states(hx, shape, like))
+        h_0, c_0 = (state.to(like.dtype).view(by_layer) for state in checks.states(hx, shape, like))
 
     h_n, c_n = [], []
     for k, suffixes in enumerate(layer._suffixes):
@@ -194,7 +194,7 @@ def run_layer(layer: BNLSTM, input: Any, hx: Any, lengths: Any, start: int) -> t
             lengths,
             h_0[k],
             c_0[k],
-            [_constants(layer, suffix) for suffix in suffixes],
+            [_parameters(layer, suffix) for suffix in suffixes],
             [layer._statistics_of(suffix) for suffix in suffixes],
             start=start,
             over_time=layer.input_stats == "time",
@@ -214,7 +214,7 @@ def run_cell(cell: BNLSTMCell, input: Tensor, hx: States | None, time: int) -> S
         TypeError, ValueError: hx or time is wrong; the message names it.
     """
     _refuse(cell.training)
-    parameters = _constants(cell, "")
+    parameters = _parameters(cell, "")
     dtype = parameters.weight_hh.dtype
     x = input.to(dtype).view(1, -1, cell.input_size)
     slot = torch.arange(1, device=x.device) + _slot("time", time)
@@ -239,11 +239,11 @@ def _refuse(training: bool) -> None:
         )
 
 
-def _constants(layer: BNLSTMBase, suffix: str) -> Parameters:
-    """Checked parameters without gradients: an ONNX program has none, but Dynamo would look, in the scan, and warn."""
+def _parameters(layer: BNLSTMBase, suffix: str) -> Parameters:
+    """Through getattr, as the layer itself, and checked as it does."""
     parameters = layer._parameters_of(suffix)
     functional.check_parameters(parameters, "", suffix)
-    return Parameters(*(None if p is None else p.detach() for p in parameters))  # type: ignore[arg-type]
+    return parameters
 
 
 def _slot(name: str, value: int) -> int:
