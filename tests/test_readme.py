@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import EXPORTER_WARNINGS
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_every_python_example_runs():
+@pytest.mark.filterwarnings(*EXPORTER_WARNINGS)
+def test_every_python_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one of them writes a file
     examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert examples
     for example in examples:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, traced
+from . import checks, plain, traced
 from ._base import BNLSTMBase, States
 from .module import BNLSTM
 from .packing import Packing
@@ -119,6 +119,8 @@ class BNLSTMCell(BNLSTMBase):
             raise ValueError(f"input must be [B, D], or [D] when unbatched, got {tuple(input.shape)}")
         rows = input[None] if input.dim() == 1 else input
         checks.rows_of_input(rows[None], self.input_size, False, like)
+        if plain.requested():
+            return plain.run_cell(self, input, hx, time)
         time = checks.integer("time", time, 0)
         if self.training:
             checks.training_batch(rows.shape[0])

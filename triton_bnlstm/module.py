@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, functional, traced
+from . import checks, functional, plain, traced
 from ._base import BNLSTMBase, States
 from .precision import compute_dtype
 from .statistics import Moments, resolve_statistics
@@ -73,7 +73,7 @@ class BNLSTM(BNLSTMBase):
         * **hx**: (h_0, c_0), each [num_layers · directions, B, H] (unbatched: without B); zeros when None.
         * **lengths**: [B] integers, steps of each sequence, as in a PackedSequence; what stands beyond in `input` is
           never read. A list or a CPU tensor is checked; a tensor on the input's own accelerator is clamped to 1..T
-          instead, so that nothing waits for the device.
+          instead, so that nothing waits for the device, and so are those that an ONNX program is given.
         * **start**: slot of the first step, for sequences given in chunks. A sequence that ended in an earlier chunk
           is left out of the batch, and of hx. Slots of the second direction count from the end of each chunk.
 
@@ -185,6 +185,8 @@ class BNLSTM(BNLSTMBase):
         start: int = 0,
     ) -> tuple[Tensor | PackedSequence, States]:
         """See the class."""
+        if plain.requested():
+            return plain.run_layer(self, input, hx, lengths, start)
         like = self._like()
         checks.rows_of_input(input, self.input_size, self.batch_first, like)
         start, dtype = checks.integer("start", start, 0), compute_dtype(like)

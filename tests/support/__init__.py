@@ -86,3 +86,9 @@ def assert_same_buffers(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 # float64 arithmetic in another order: a few hundred roundings of numbers of order one, and 1/√ε = 316 in front of them
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+
+# torch.onnx.export's own, of what it imports and how it copies a program
+EXPORTER_WARNINGS = (
+    r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning",
+    r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning",
+)
