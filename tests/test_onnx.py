@@ -184,7 +184,11 @@ def test_bfloat16_without_onnx(monkeypatch):
 
 def test_training_mode_is_refused(tmp_path):
     layer = make_layer(dtype=torch.float32)
-    with pytest.warns(UserWarning, match="training mode"), pytest.raises(Exception, match=r"call eval\(\) before"):
+    with (
+        pytest.warns(UserWarning, match="training mode"),  # the exporter's word
+        pytest.warns(UserWarning, match=r"call eval\(\) before"),
+        pytest.raises(torch.onnx.errors.OnnxExporterError),
+    ):
         Exported(tmp_path / "layer.onnx", layer, (torch.randn(7, 5, 3),))
     assert layer.rows == 4  # nothing has been learnt
 

@@ -11,6 +11,7 @@ fold once when it loads the program.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -231,9 +232,11 @@ def run_cell(cell: BNLSTMCell, input: Tensor, hx: States | None, time: int) -> S
 
 def _refuse(training: bool) -> None:
     if training:
-        raise RuntimeError(
+        message = (
             "call eval() before exporting to ONNX: a program has no training mode, and normalises by the population"
         )
+        warnings.warn(message, stacklevel=2)  # the exporter tries another way after an error, and tells that one's
+        raise RuntimeError(message)
     if not torch.compiler.is_exporting():
         raise RuntimeError(
             "exporting to ONNX needs torch.onnx.export(..., dynamo=True): TorchScript cannot record scan"
