@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks, functional, state, traced
+from . import checks, functional, kept, ops, state, traced
 from .backend import BACKENDS, SAVE_CHOICES, requested_backend
 from .dispatch import run
 from .packing import Packing
@@ -27,6 +27,7 @@ from .statistics import (
     training_population,
     update_statistics_,
 )
+from .transforms import batched, transformed
 from .tuning.mode import MODES as AUTOTUNE_MODES
 
 RECURRENT_INITS = ("orthogonal", "identity")
@@ -365,6 +366,19 @@ class BNLSTMBase(nn.Module):
                 for suffix in self._all_suffixes()
             ]
 
+    def _check_training(self, batch: int, inputs: Iterable[Any]) -> None:
+        """A batch of B sequences can be trained on: not a single one, nor in a vmap that has one population for all."""
+        if transformed() and not batched(self.rows):
+            parameters = (p for suffix in self._all_suffixes() for p in self._parameters_of(suffix))
+            if any(isinstance(s, Tensor) and batched(s) for s in (*inputs, *parameters)):
+                raise RuntimeError(
+                    "vmap in training: each call that it stands for would be normalised by its own part of the batch, "
+                    "and all of them would write to the same running statistics. Give the layer the whole batch "
+                    "instead, call eval(), or for an ensemble let vmap go over parameters and buffers, as "
+                    "torch.func.stack_module_state gives them"
+                )
+        checks.training_batch(batch)
+
     def _run_training(self, x: Tensor, packing: Packing, hx: States | None, start: int) -> Pass:
         if packing.equal:  # nothing is taken from the population
             populations: list[Population | None] = [None] * len(self._all_suffixes())
@@ -378,15 +392,23 @@ class BNLSTMBase(nn.Module):
                 return self._through_layers(x, packing, hx, populations, regularise=True)
             populations = self._batch_populations(packing, start)
             done = self._through_layers(x, packing, hx, populations, regularise=True)
-            self._calls.remember(mark, populations, (done.rows, done.h_n, done.c_n))
-        self._learn(done.moments, start)
+            if not transformed():  # nor can a checkpoint run again in there
+                self._calls.remember(mark, populations, (done.rows, done.h_n, done.c_n))
+        self._learn(done.moments, packing.batch, start)
         return done
 
-    def _learn(self, moments: list[Statistics | None], start: int) -> None:
-        """Merge a training step into the population, all directions or none."""
+    def _learn(self, moments: list[Statistics | None], batch: int, start: int) -> None:
+        """Merge a training step of B sequences into the population, all directions or none."""
         own = [m for m in moments if m is not None]
         known = [self._statistics_of(suffix) for suffix in self._all_suffixes()]
+        if transformed() and not batched(self.rows):  # only an operator may write beneath a transform
+            listed = ops.list_of_statistics(known), self._skipped_steps, kept.list_of_moments(own)
+            norms = self.momentum, self.cell_norm, self.input_stats == "time"
+            torch.ops.triton_bnlstm.learn(*listed, batch, start, *norms)
+            return
         finite = update_statistics_(list(zip(known, own, strict=True)), start, self.momentum)
+        if transformed():  # each of the models in a vmap has its own; which of them skipped a step, nobody counts
+            return
         with torch.no_grad():
             self._skipped_steps += ~finite
         if finite.device.type == "cpu":  # elsewhere a look would wait for the device: told later

@@ -17,6 +17,7 @@ from . import reference
 from .precision import without_autocast
 from .reference import Call, Parameters, Problem, Ran, Saved, Used, accumulation_dtype, centre
 from .statistics import Population, Statistics
+from .transforms import batched, have_tangents, transformed
 
 # Rows whose pre-activation gradients are held at once: enough for an efficient weight-gradient GEMM, few enough for
 # them to stay in a CPU's cache.
@@ -250,7 +251,7 @@ class _Layer(torch.autograd.Function):
         tensors: tuple[Any, ...] = ctx.saved_tensors
         needed: tuple[bool, ...] = ctx.needs_input_grad[2:]
         with without_autocast(gradients[0]):  # as the forward
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or any(batched(gradient) for gradient in gradients):
                 return None, None, *differentiable_backward(tensors[:INPUTS], ctx.problem, gradients, needed)
             return None, None, *_backward_of_saved(tensors, ctx.problem, gradients, needed[0])
 
@@ -277,9 +278,11 @@ def differentiable_backward(
     # a view each, so that one tensor in two places gets its two gradients apart
     views: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
     x, h, c, *parameters = views
-    outputs = reference.forward(x, h, c, Parameters(*parameters), problem)[:3]
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        outputs = reference.forward(x, h, c, Parameters(*parameters), problem)[:3]
     wanted = [view for view, need in zip(views, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needed]
 
 
@@ -292,7 +295,10 @@ def layer(call: Call) -> Ran:
 def _layer(call: Call) -> Ran:
     x, h, c, parameters, problem = call
     c_wide = c.to(accumulation_dtype(parameters.weight_hh.dtype))
-    if torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in (x, h, c, *parameters)):
+    inputs = (x, h, c, *parameters)
+    # what transforms, or derives forwards, goes through plain operations; the rest through the backward written here
+    plain = transformed() or have_tangents(inputs)
+    if not plain and torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in inputs):
         holder: list[Statistics | None] = []
         rows, h_n, c_n = cast(tuple[Tensor, Tensor, Tensor], _Layer.apply(problem, holder, x, h, c_wide, *parameters))
         moments = holder[0]

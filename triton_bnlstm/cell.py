@@ -123,7 +123,7 @@ class BNLSTMCell(BNLSTMBase):
             return plain.run_cell(self, input, hx, time)
         time = checks.integer("time", time, 0)
         if self.training:
-            checks.training_batch(rows.shape[0])
+            self._check_training(rows.shape[0], (rows, *(hx if isinstance(hx, tuple | list) else ())))
         if self.input_stats == "sequence" and (self.training or self._intercept is not None):
             raise ValueError(
                 'input_stats="sequence": a cell sees one step, so it cannot make such statistics, only use them'

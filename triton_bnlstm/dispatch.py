@@ -7,13 +7,12 @@ import warnings
 from functools import partial
 from typing import Any
 
-from torch.autograd import forward_ad
-
 from . import bptt
 from .backend import requested_backend, why_no_kernels
 from .kernels.config import explicit_config
 from .kernels.errors import KernelError
 from .reference import Call, Ran
+from .transforms import have_tangents, transformed
 from .tuning.mode import requested_autotune
 
 # What auto takes the kernels for: the interpreter is for those who ask for it.
@@ -43,10 +42,9 @@ def _tell(message: str) -> None:
 
 def _why_not_these(calls: list[Call]) -> str | None:
     """What these calls ask for that no kernel gives."""
-    if getattr(forward_ad, "_current_level", -1) < 0:
-        return None
-    inputs = [s for c in calls for s in (c.x, c.h, c.c, *c.parameters) if s is not None]
-    if any(forward_ad.unpack_dual(s).tangent is not None for s in inputs):
+    if transformed():
+        return "the kernels do not go through the transforms of torch.func (grad, jvp, vmap, ...)"
+    if have_tangents(s for c in calls for s in (c.x, c.h, c.c, *c.parameters)):
         return "the kernels have no forward-mode derivatives"
     return None
 

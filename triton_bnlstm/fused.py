@@ -20,6 +20,7 @@ from .packing import Packing
 from .precision import without_autocast
 from .reference import Call, Parameters, Problem, Ran
 from .statistics import Statistics
+from .transforms import batched
 from .tuning import choice, online
 
 
@@ -138,7 +139,7 @@ class _Layer(torch.autograd.Function):
         h, c, *rest = tuple(places)[count:]  # behind the outputs
         flags = [ctx.needs_input_grad[3:][k * _INPUTS : (k + 1) * _INPUTS] for k in range(count)]
         wanted = [gradients[k * _OUTPUTS : (k + 1) * _OUTPUTS] for k in range(count)]
-        if any(_batched(gradient) for gradient in gradients):
+        if any(batched(gradient) for gradient in gradients):
             raise RuntimeError("the kernels take one gradient at a time: is_grads_batched and vmap are not supported")
         if ctx.spent:
             raise RuntimeError(
@@ -176,12 +177,6 @@ def _saved_as_they_are() -> bool:
     """Whether nobody's hooks (`torch.autograd.graph.saved_tensors_hooks`) see what is saved now, and may keep it."""
     asked = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return asked is not None and asked(False) is None
-
-
-def _batched(tensor: Tensor | None) -> bool:
-    """Whether this stands for a batch of tensors, as in vmap or with is_grads_batched."""
-    functorch = torch._C._functorch
-    return tensor is not None and (functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
 
 
 _NO_GRAPH = (

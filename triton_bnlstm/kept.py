@@ -116,13 +116,18 @@ def populations_of_list(tensors: list[Tensor], directions: int, steps: int, s: S
 # Moments
 
 
-def list_of_moments(found: list[Statistics], steps: int, over_time: bool) -> list[Tensor]:
-    """The rows of each of T steps, then means and variances of each direction's norms; zeros in steps without rows."""
-    listed = [on_its_own(found[0].hh.count, steps).clone()]
-    for own in found:
-        listed += [on_its_own(s, steps if over_time else None) for s in own.ih[:2]]
-        listed += [on_its_own(s, steps) for norm in own[1:3] if norm is not None for s in norm[:2]]
-    return listed
+def list_of_moments(found: list[Statistics]) -> list[Tensor]:
+    """The rows of each step, then means and variances of each direction's norms."""
+    return [found[0].hh.count, *(s for own in found for norm in own[:3] if norm is not None for s in norm[:2])]
+
+
+def moments_of_all_steps(found: list[Statistics], steps: int, over_time: bool) -> list[Tensor]:
+    """`list_of_moments` as an operator gives it: of T steps, with zeros in those that have no rows."""
+    count, *listed = list_of_moments(found)
+    width = len(listed) // len(found)
+    of_sequences = [not over_time and k % width < 2 for k in range(len(listed))]
+    whole = [on_its_own(s, None if once else steps) for s, once in zip(listed, of_sequences, strict=True)]
+    return [on_its_own(count, steps).clone(), *whole]
 
 
 def moments_of_list(

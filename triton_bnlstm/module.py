@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import cast, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,11 @@ from . import checks, functional, plain, traced
 from ._base import BNLSTMBase, States
 from .precision import compute_dtype
 from .statistics import Moments, resolve_statistics
+
+
+def _tensors(given: Any) -> tuple[Any, ...]:
+    """A tensor, or those of a pair or a PackedSequence; whatever else it may be is told later."""
+    return tuple(given) if isinstance(given, tuple | list) else (given,)
 
 
 class BNLSTM(BNLSTMBase):
@@ -198,7 +203,7 @@ class BNLSTM(BNLSTMBase):
             host_lengths = functional.check_lengths(input, lengths, self.batch_first)
             batch = functional.batch_of(input, self.batch_first)
         if self.training:
-            checks.training_batch(batch)
+            self._check_training(batch, (*_tensors(input), *_tensors(hx)))
         unbatched = isinstance(input, Tensor) and input.dim() == 2
         places = self.num_layers * (2 if self.bidirectional else 1)
         shape = (places, self.hidden_size) if unbatched else (places, batch, self.hidden_size)

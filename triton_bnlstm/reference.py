@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .packing import Packing
 from .statistics import Moments, Population, Statistics
+from .transforms import transformed
 
 Pair = tuple[Tensor, Tensor]  # mean and variance
 
@@ -324,7 +325,9 @@ def forward(
     finished_h, finished_c = [], []
     # without a graph h is written where it stays, instead of being gathered afterwards
     places = None
-    if masks is None and not torch.is_grad_enabled():
+    plain = transformed()  # vmap cannot write what is batched into what is not
+    add_product = Tensor.addcmul if plain else Tensor.addcmul_
+    if masks is None and not torch.is_grad_enabled() and not plain:
         rows = h.new_empty(x.shape[0], h.shape[1], dtype=weight_hh.dtype)
         places = rows.split(packing.sizes)
     for t, (n, z_t) in enumerate(zip(packing.sizes, z_x.split(packing.sizes), strict=True)):
@@ -335,7 +338,7 @@ def forward(
         mask = None if masks is None else masks[t]
 
         deviation, rstd = norm_hh(t, F.linear(h, weight_hh).to(wide), mask)
-        a = torch.addcmul(shifts[t], z_t, scales[t]).addcmul_(deviation, gamma_hh * rstd)  # [n, 4H]
+        a = add_product(torch.addcmul(shifts[t], z_t, scales[t]), deviation, gamma_hh * rstd)  # [n, 4H]
         i, f, g, o, c_new = update_cell(a, c)
         if norm_c is None:
             c_deviation = c_rstd = None

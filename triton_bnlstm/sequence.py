@@ -19,7 +19,7 @@ from .kept import (
     Sizes,
     flat_of_reference,
     kept_shapes,
-    list_of_moments,
+    moments_of_all_steps,
     parameters_of_list,
     populations_of_list,
     put,
@@ -134,7 +134,7 @@ def forward(
     c_n = packing.unseat(torch.stack([one.c_n for one in ran]))
     moments: list[Tensor] = []
     if not s.frozen:
-        moments = list_of_moments([cast(Statistics, one.moments) for one in ran], n.steps, s.over_time)
+        moments = moments_of_all_steps([cast(Statistics, one.moments) for one in ran], n.steps, s.over_time)
     return Results(output.contiguous(), h_n, c_n.to(c_0.dtype), moments, kept)
 
 

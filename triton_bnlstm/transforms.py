@@ -1,9 +1,12 @@
-"""Questions to torch.func: whether its transforms are at work, and which of them see a tensor."""
+"""Questions to torch.func and forward-mode differentiation: whether they are at work, and on which tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _functorch = torch._C._functorch
 
@@ -11,6 +14,13 @@ _functorch = torch._C._functorch
 def transformed() -> bool:
     """Whether a transform of torch.func (grad, vjp, jvp, vmap, functionalize, …) runs this code."""
     return _functorch.peek_interpreter_stack() is not None
+
+
+def have_tangents(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether forward-mode derivatives go through any of these."""
+    if getattr(forward_ad, "_current_level", -1) < 0:
+        return False
+    return any(s is not None and forward_ad.unpack_dual(s).tangent is not None for s in tensors)
 
 
 def batched(tensor: Tensor | None) -> bool:
