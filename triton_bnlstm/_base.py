@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 from . import checks, functional
 from .backend import BACKENDS, SAVE_CHOICES, requested_backend
 from .dispatch import run
+from .distributed import Grouped, Ranks, train_together
 from .packing import Packing
 from .recompute import Calls, fingerprint, in_backward
 from .reference import Call, Parameters, Problem, accumulation_dtype
@@ -28,6 +29,9 @@ from .statistics import (
     update_statistics_,
 )
 from .tuning.mode import MODES as AUTOTUNE_MODES
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 RECURRENT_INITS = ("orthogonal", "identity")
 States = tuple[Tensor, Tensor]
@@ -46,7 +50,7 @@ class Pass(NamedTuple):
     moments: list[Statistics | None]
 
 
-class BNLSTMBase(nn.Module):
+class BNLSTMBase(Grouped):
     """Parameters and population statistics of stacked batch-normalised LSTM layers; see `BNLSTM`."""
 
     rows: Tensor
@@ -72,6 +76,7 @@ class BNLSTMBase(nn.Module):
         save: str,
         backend: str | None,
         autotune: str | None,
+        process_group: ProcessGroup | str | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -94,6 +99,7 @@ class BNLSTMBase(nn.Module):
         self.autotune = None if autotune is None else checks.choice("autotune", autotune, AUTOTUNE_MODES)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating dtype, got {dtype}")
+        self.process_group = process_group
         self.dropout = 0.0
         self._suffixes = suffixes
 
@@ -309,8 +315,12 @@ class BNLSTMBase(nn.Module):
         populations: list[Population | None],
         *,
         regularise: bool,
+        ranks: Ranks | None = None,
     ) -> Pass:
-        """All layers and directions over rows, each with its population; pure. `regularise`: dropout and noise."""
+        """All layers and directions over rows, each with its population; pure but for what `ranks` tell each other.
+
+        regularise: dropout and noise.
+        """
         backend, save = requested_backend(self.backend), checks.choice("save", self.save, SAVE_CHOICES)
         if in_backward() and self._asked_for is not None:  # a recomputation: contexts may be gone, or another thread's
             backend = self._asked_for
@@ -329,7 +339,7 @@ class BNLSTMBase(nn.Module):
                     h = c = x.new_zeros(packing.batch, self.hidden_size)
                     if regularise and self.initial_noise > 0:
                         h = torch.randn_like(h) * self.initial_noise
-                problem = Problem(packing, populations[place], self.input_stats == "time", self.eps)
+                problem = Problem(packing, populations[place], self.input_stats == "time", self.eps, ranks)
                 turned = x if direction == 0 or mirrored is None else x.index_select(0, mirrored)
                 parameters = self._parameters_of(suffix)
                 functional.check_parameters(parameters, "", suffix)
@@ -362,6 +372,9 @@ class BNLSTMBase(nn.Module):
         if self._intercept is not None:
             return self._intercept(x, packing, hx, start)
         if self.training:
+            group = self._group_to_meet()
+            if group is not None:
+                return train_together(self, group, x, packing, hx, start)
             return self._run_training(x, packing, hx, start)
         return self._run_evaluation(x, packing, hx, start)
 
@@ -379,19 +392,22 @@ class BNLSTMBase(nn.Module):
                 for suffix in self._all_suffixes()
             ]
 
-    def _run_training(self, x: Tensor, packing: Packing, hx: States | None, start: int) -> Pass:
-        if packing.equal:  # nothing is taken from the population
+    def _run_training(
+        self, x: Tensor, packing: Packing, hx: States | None, start: int, ranks: Ranks | None = None
+    ) -> Pass:
+        whole = packing if ranks is None else ranks.whole
+        if whole.equal:  # nothing is taken from the population
             populations: list[Population | None] = [None] * len(self._all_suffixes())
             if in_backward():
-                return self._through_layers(x, packing, hx, populations, regularise=True)
-            done = self._through_layers(x, packing, hx, populations, regularise=True)
+                return self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
+            done = self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
         else:
             mark = fingerprint(x, packing, hx)
             if in_backward():
                 populations = self._calls.find(mark)
-                return self._through_layers(x, packing, hx, populations, regularise=True)
-            populations = self._batch_populations(packing, start)
-            done = self._through_layers(x, packing, hx, populations, regularise=True)
+                return self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
+            populations = self._batch_populations(whole, start)
+            done = self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
             self._calls.remember(mark, populations, (done.rows, done.h_n, done.c_n))
         self._learn(done.moments, start)
         return done

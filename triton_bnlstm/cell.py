@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,9 @@ from . import checks
 from ._base import BNLSTMBase, States
 from .module import BNLSTM
 from .packing import Packing
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class BNLSTMCell(BNLSTMBase):
@@ -21,7 +26,7 @@ class BNLSTMCell(BNLSTMBase):
 
     Args:
         input_size, hidden_size, bias, max_length, cell_norm, input_stats, gamma_init, eps, momentum, recurrent_init,
-            forget_bias, backend, device, dtype: as for `BNLSTM`.
+            forget_bias, backend, process_group, device, dtype: as for `BNLSTM`.
 
     Inputs: input, hx=None, time=0
         * **input**: [B, D], or [D] unbatched.
@@ -53,6 +58,7 @@ class BNLSTMCell(BNLSTMBase):
         recurrent_init: str = "orthogonal",
         forget_bias: float = 1.0,
         backend: str | None = None,
+        process_group: ProcessGroup | str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,13 +80,14 @@ class BNLSTMCell(BNLSTMBase):
             save="preactivations",
             backend=backend,
             autotune=None,  # of one step there is nothing to tune
+            process_group=process_group,
             device=device,
             dtype=dtype,
         )
 
     @classmethod
     def from_layer(cls, layer: BNLSTM, index: int = 0) -> BNLSTMCell:
-        """A cell with copies of one layer's forward direction: its parameters, statistics and mode."""
+        """A cell with copies of one layer's forward direction: its parameters, statistics, mode and group."""
         if not isinstance(layer, BNLSTM):
             raise TypeError(f"layer must be a BNLSTM, got {type(layer).__name__}")
         if not 0 <= index < layer.num_layers:
@@ -100,6 +107,7 @@ class BNLSTMCell(BNLSTMBase):
             recurrent_init=layer.recurrent_init,
             forget_bias=layer.forget_bias,
             backend=layer.backend,
+            process_group=layer.process_group,
             device=weight.device,
             dtype=weight.dtype,
         )
@@ -117,9 +125,10 @@ class BNLSTMCell(BNLSTMBase):
         if input.dim() not in (1, 2):
             raise ValueError(f"input must be [B, D], or [D] when unbatched, got {tuple(input.shape)}")
         rows = input[None] if input.dim() == 1 else input
-        checks.rows_of_input(rows[None], self.input_size, False, like)
+        together = self._group_to_meet() is not None
+        checks.rows_of_input(rows[None], self.input_size, False, like, empty_batch=together)
         time = checks.integer("time", time, 0)
-        if self.training:
+        if self.training and not together:
             checks.training_batch(rows.shape[0])
         if self.input_stats == "sequence" and (self.training or self._intercept is not None):
             raise ValueError(
@@ -127,14 +136,16 @@ class BNLSTMCell(BNLSTMBase):
             )
         shape = (*input.shape[:-1], self.hidden_size)
         if hx is not None:
-            h, c = (state.to(like.dtype).view(1, -1, self.hidden_size) for state in checks.states(hx, shape, like))
+            states = checks.states(hx, shape, like)
+            h, c = (state.to(like.dtype).view(1, rows.shape[0], self.hidden_size) for state in states)
             hx = h, c
         packing = Packing.of_equal_lengths(1, rows.shape[0], rows.device)
         done = self._run(rows.to(like.dtype), packing, hx, time)
         return done.h_n.view(shape), done.c_n.view(shape)
 
     def extra_repr(self) -> str:
-        """Sizes, and whether the cell state is normalised."""
-        return f"{self.input_size}, {self.hidden_size}, max_length={self.max_length}" + (
-            ", cell_norm=True" if self.cell_norm else ""
-        )
+        """Sizes, whether the cell state is normalised, and the process group."""
+        shown = f"{self.input_size}, {self.hidden_size}, max_length={self.max_length}"
+        if self.cell_norm:
+            shown += ", cell_norm=True"
+        return shown if self.process_group is None else f"{shown}, process_group={self._group!r}"

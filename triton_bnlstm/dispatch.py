@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from . import bptt
 from .backend import requested_backend, why_no_kernels
+from .distributed import NO_KERNELS
 from .kernels.config import explicit_config
 from .kernels.errors import KernelError
 from .reference import Call, Ran
@@ -33,6 +34,8 @@ def _tell(message: str) -> None:
 
 def _why_not_these(calls: list[Call]) -> str | None:
     """What these calls ask for that no kernel gives."""
+    if calls[0].problem.ranks is not None:
+        return NO_KERNELS
     if getattr(forward_ad, "_current_level", -1) < 0:
         return None
     inputs = [s for c in calls for s in (c.x, c.h, c.c, *c.parameters) if s is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import cast, overload
+from typing import TYPE_CHECKING, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 from . import checks, functional
 from ._base import BNLSTMBase, States
 from .statistics import Moments, resolve_statistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class BNLSTM(BNLSTMBase):
@@ -65,6 +68,12 @@ class BNLSTM(BNLSTMBase):
         autotune: "off" measures no layouts of the kernels; "on_miss" measures before a call, and keeps in the user's
             cache, what nobody has measured for its sizes on this device; "force" measures once more in this process.
             None: what `use_autotune` or the environment variable TRITON_BNLSTM_AUTOTUNE say, else "off".
+        process_group: in training, batch statistics are made of the rows of all ranks of this group, forward and
+            backward: "world" (torch.distributed's default group at the time of the call) or a ProcessGroup. Ranks may
+            have different numbers of sequences and steps, also none (B = 0), with two sequences in all; each calls the
+            layer, and its backward, as often as the others. Each rank's gradients of parameters are its part of a
+            sum over the ranks. It runs on the reference path, whatever the device, and without gradients of
+            gradients. Nothing is communicated in evaluation. None: each rank by itself. See `convert_sync`.
         device, dtype: of the parameters. Statistics are float32 (float64 for float64 parameters), counts float64.
 
     Inputs: input, hx=None, lengths=None, start=0
@@ -91,7 +100,10 @@ class BNLSTM(BNLSTMBase):
     The suffix is `_l{k}_reverse` for the second direction.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; the message names it, and nothing has changed.
+        TypeError, ValueError: an argument is wrong; the message names it, and nothing has changed. With a process group
+            that includes ranks that make different calls; all of them raise.
+        RuntimeError: process_group is given and torch.distributed not initialised, or another rank cannot be reached:
+            the statistics are as before. Or backend="triton", and the kernels cannot run this.
 
     Example:
         >>> layer = BNLSTM(13, 64, max_length=100, batch_first=True)
@@ -123,6 +135,7 @@ class BNLSTM(BNLSTMBase):
         save: str = "preactivations",
         backend: str | None = None,
         autotune: str | None = None,
+        process_group: ProcessGroup | str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -149,6 +162,7 @@ class BNLSTM(BNLSTMBase):
             save=save,
             backend=backend,
             autotune=autotune,
+            process_group=process_group,
             device=device,
             dtype=dtype,
         )
@@ -185,11 +199,12 @@ class BNLSTM(BNLSTMBase):
     ) -> tuple[Tensor | PackedSequence, States]:
         """See the class."""
         like = self._parameters_of(self._suffixes[0][0]).weight_hh
-        checks.rows_of_input(input, self.input_size, self.batch_first, like)
+        together = self._group_to_meet() is not None
+        checks.rows_of_input(input, self.input_size, self.batch_first, like, empty_batch=together)
         host_lengths = functional.check_lengths(input, lengths, self.batch_first)
         start = checks.integer("start", start, 0)
         batch = functional.batch_of(input, self.batch_first)
-        if self.training:
+        if self.training and not together:
             checks.training_batch(batch)
         unbatched = isinstance(input, Tensor) and input.dim() == 2
         places = self.num_layers * (2 if self.bidirectional else 1)
@@ -258,8 +273,10 @@ class BNLSTM(BNLSTMBase):
             "save": "preactivations",
             "backend": None,
             "autotune": None,
+            "process_group": None,
         }
-        shown += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
+        options = {k: self._group if k == "process_group" else getattr(self, k) for k in defaults}
+        shown += [f"{k}={options[k]!r}" for k, default in defaults.items() if getattr(self, k) != default]
         return ", ".join(shown)
 
     @classmethod
@@ -277,6 +294,7 @@ class BNLSTM(BNLSTMBase):
         save: str = "preactivations",
         backend: str | None = None,
         autotune: str | None = None,
+        process_group: ProcessGroup | str | None = None,
     ) -> BNLSTM:
         """A layer with an nn.LSTM's weights, that in eval() computes what the LSTM does until its statistics change.
 
@@ -286,8 +304,8 @@ class BNLSTM(BNLSTMBase):
 
         Args:
             lstm: without proj_size.
-            max_length, cell_norm, input_stats, prior_count, eps, momentum, initial_noise, save, backend, autotune: as
-                for the layer.
+            max_length, cell_norm, input_stats, prior_count, eps, momentum, initial_noise, save, backend, autotune,
+                process_group: as for the layer.
 
         Raises:
             TypeError: `lstm` is not an nn.LSTM.
@@ -317,6 +335,7 @@ class BNLSTM(BNLSTMBase):
             save=save,
             backend=backend,
             autotune=autotune,
+            process_group=process_group,
             device=weight.device,
             dtype=weight.dtype,
         )
