@@ -306,7 +306,8 @@ class _LayerOfRanks(torch.autograd.Function):
                 "process_group: with statistics over all ranks there are no gradients of gradients "
                 "(create_graph=True); set process_group=None for them"
             )
-        return *_Layer.backward(ctx, *gradients[:-1]), gradients[-1]
+        chained = gradients[-1] if ctx.needs_input_grad[-1] else None
+        return *_Layer.backward(ctx, *gradients[:-1]), chained
 
 
 def differentiable_backward(
