@@ -41,7 +41,9 @@ def test_ranks_are_one_batch(ranks, size, name):
     whole = run_case(case, None)
     # The merge adds in another order: roundings of numbers of order one behind 1/√ε, of which the gradient through
     # seven steps has a few in a row. In float32 that is 1e-5 of the largest.
-    exact = {"rtol": 1e-8, "atol": 1e-9} if case.options.get("dtype") is not torch.float32 else {"rtol": 0, "atol": 1e-5}
+    exact = (
+        {"rtol": 1e-8, "atol": 1e-9} if case.options.get("dtype") is not torch.float32 else {"rtol": 0, "atol": 1e-5}
+    )
 
     def close(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
         bound = dict(exact)
