@@ -229,7 +229,6 @@ def _each(change: Callable[[Moments], Moments], statistics: Statistics) -> Stati
 
 def _doubled(moments: Statistics) -> Statistics:
     """In float64, so that the order of merging leaves no trace."""
-
     return _each(lambda m: Moments(m.mean.double(), m.var.double(), m.count), moments)
 
 

@@ -1,12 +1,13 @@
 """The ranks of a pass over data that each has a part of: `estimate_statistics` with a process group.
 
 No rank goes into a collective before it is known that all of them come: what can fail runs by itself first, and then
-the ranks tell each other how it went (`settle`). While ranks go in lockstep, what they exchange has one size and a place
-for "I have failed" (`Lockstep`), so a rank can leave at any point without leaving the others waiting.
+the ranks tell each other how it went (`settle`). While ranks go in lockstep, what they exchange has one size and a
+place for "I have failed" (`Lockstep`), so a rank can leave at any point without leaving the others waiting.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ class PeerError(RuntimeError):
     """Another rank has failed, and all ranks know."""
 
 
-def group_of_layers(layers: list[Grouped], given: ProcessGroup | str | None) -> ProcessGroup | None:
+def group_of_layers(layers: Sequence[Grouped], given: ProcessGroup | str | None) -> ProcessGroup | None:
     """The group that a pass over data is shared by: the one that is given, else the layers' own.
 
     Raises:
@@ -60,9 +61,7 @@ class Peers:
             raise error
         for rank, (text, _) in enumerate(told):
             if text is not None:
-                raise PeerError(
-                    f"process_group: estimate_statistics failed on rank {rank} and so on all; there: {text}"
-                )
+                raise PeerError(f"process_group: estimate_statistics failed on rank {rank}, so on all; there: {text}")
         return [of_rank for _, of_rank in told]
 
     def merge(self, own: Moments) -> Moments:
@@ -106,7 +105,7 @@ class Lockstep:
         failed = found[:, 0].tolist()
         if any(failed):
             raise PeerError(
-                f"process_group: estimate_statistics failed on rank {failed.index(1.0)} and so on all; its own error "
+                f"process_group: estimate_statistics failed on rank {failed.index(1.0)}, so on all; its own error "
                 "says why"
             )
         return found

@@ -21,10 +21,6 @@ GROUP_SECONDS = 8
 ALL_SECONDS = 150
 
 
-class Crashed(Exception):
-    """Stands for the results of a rank that has ended without any."""
-
-
 def run_ranks(module: str, jobs: list[str], size: int, folder: Path) -> list[dict[str, Any]]:
     """Functions `jobs` of `module`, called with (rank, size, folder), on `size` processes over gloo.
 
@@ -64,9 +60,12 @@ def _main() -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), int(size))
     dist.init_process_group(
-        "gloo", store=store, rank=int(rank), world_size=int(size), timeout=timedelta(seconds=GROUP_SECONDS)
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=int(rank),
+        world_size=int(size),
+        timeout=timedelta(seconds=GROUP_SECONDS),
     )
     results: dict[str, Any] = {}
     for job in jobs.split(","):
