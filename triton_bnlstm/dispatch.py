@@ -34,8 +34,6 @@ def _tell(message: str) -> None:
 
 def _why_not_these(calls: list[Call]) -> str | None:
     """What these calls ask for that no kernel gives."""
-    if calls[0].problem.ranks is not None:
-        return NO_KERNELS
     if getattr(forward_ad, "_current_level", -1) < 0:
         return None
     inputs = [s for c in calls for s in (c.x, c.h, c.c, *c.parameters) if s is not None]
@@ -64,7 +62,9 @@ def run(calls: list[Call], backend: str | None, save: str = "preactivations", au
     if requested != "reference":
         wanted = requested == "triton" or weight.device.type in KERNEL_DEVICES
         reason = None
-        if wanted:
+        if wanted and calls[0].problem.ranks is not None:
+            reason = NO_KERNELS
+        elif wanted:
             reason = why_no_kernels(weight.device, weight.dtype) or _why_not_these(calls)
         if reason is not None and requested == "triton":
             raise RuntimeError(f'backend="triton": {reason}')

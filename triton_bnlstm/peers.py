@@ -56,9 +56,11 @@ class Peers:
                 raise error
             return [facts]
         own = None if error is None else f"{type(error).__name__}: {error}"
-        told = gather_objects(self.group, (own, facts), "estimate_statistics, telling how a pass went,")
-        if error is not None:
-            raise error
+        try:
+            told = gather_objects(self.group, (own, facts), "estimate_statistics, telling how a pass went,")
+        finally:
+            if error is not None:
+                raise error
         for rank, (text, _) in enumerate(told):
             if text is not None:
                 raise PeerError(f"process_group: estimate_statistics failed on rank {rank}, so on all; there: {text}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 # A collective waits so long for another rank. Jobs take well under a second; what waits this long hangs.
-GROUP_SECONDS = 8
+GROUP_SECONDS = 30
 # Importing torch in all processes at once, on a busy machine, comes on top.
 ALL_SECONDS = 150
 
