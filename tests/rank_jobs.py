@@ -6,6 +6,7 @@ Jobs hand back what the test compares. Where all depends on it that the ranks st
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import os
 import warnings
@@ -132,6 +133,44 @@ def empty_passes(rank: int, size: int, folder: Path) -> dict[str, Any]:
         results["B = 1"] = raised(lambda: layer(x[:, :1]))
         results["B = 0"] = raised(lambda: layer.eval()(x[:, :0]))
     return results
+
+
+def not_finite(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """One rank's input is broken: no rank learns from that step, and each says so."""
+    layer = make_layer(**ALL, process_group="world")
+    x, lengths = inputs(0, rank)
+    x = x * torch.nan if rank == 1 else x
+    before = buffers(layer)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        layer(x, lengths=lengths)
+    changed = [name for name, value in buffers(layer).items() if not torch.equal(value, before[name])]
+    return {"told": [str(warning.message) for warning in told], "changed": changed}
+
+
+def forgotten(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """What a call keeps for its backward goes with its graph, in which the directions of all layers are one chain."""
+    layer = make_layer(**ALL, process_group="world")
+    x, lengths = inputs(0, rank)
+    output = layer(x, lengths=lengths)[0]
+    kept = [_alive()]
+    found: dict[Any, list[Any]] = {}
+    waiting: list[Any] = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found[node] = [after for after, _ in node.next_functions]
+            waiting += found[node]
+    ours = {node for node in found if node.name() == "_LayerOfRanksBackward"}
+    chained = sum(after in ours for node in ours for after in found[node])
+    del found, waiting, node, ours
+    del output
+    gc.collect()
+    return {"kept": [*kept, _alive()], "chained": chained}
+
+
+def _alive() -> int:
+    return sum(isinstance(each, distributed.Ranks) for each in gc.get_objects())
 
 
 def recomputed(rank: int, size: int, folder: Path) -> dict[str, Any]:

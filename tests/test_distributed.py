@@ -20,7 +20,10 @@ from tests.support.ranks import GROUP_SECONDS, run_ranks
 from triton_bnlstm import BNLSTM, BNLSTMCell, convert_sync, estimate_statistics
 
 JOBS = {
-    2: ["cases", "ddp", "fsdp", "losses", "empty_passes", "recomputed", "refused", "estimates", "estimates_refused"],
+    2: [
+        *("cases", "ddp", "fsdp", "losses", "empty_passes", "not_finite", "forgotten", "recomputed", "refused"),
+        *("estimates", "estimates_refused"),
+    ],
     4: ["cases", "handles", "halves", "estimates"],
 }
 # float64 in another order, behind 1/√ε and a few steps of a gradient
@@ -156,6 +159,22 @@ def test_nobody_is_asked_in_evaluation_or_alone(ranks):
     assert torch.equal(found["trained"], make_layer(**ALL)(x, lengths=lengths)[0])
     assert "at least 2 sequences, got 1" in found["B = 1"]
     assert "an empty batch (B = 0)" in found["B = 0"]
+
+
+def test_no_rank_learns_what_is_not_finite_on_one(ranks):
+    for found in ranks(2, "not_finite"):
+        assert found["changed"] == ["_skipped_steps"]
+        assert len(found["told"]) == 1
+        assert found["told"][0].startswith("1 training step(s) had batch statistics that are not finite")
+
+
+def test_nothing_outlives_its_graph(ranks):
+    assert [found["kept"] for found in ranks(2, "forgotten")] == [[1, 0], [1, 0]]
+
+
+def test_one_order_of_all_backwards(ranks):
+    """Two layers, two directions: each but the first directly waits for its successor."""
+    assert [found["chained"] for found in ranks(2, "forgotten")] == [3, 3]
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "reentrant", "compiled"])

@@ -288,23 +288,26 @@ def train_together(
         raise RuntimeError(f'backend="triton": {NO_KERNELS}; use backend="auto" or "reference", or process_group=None')
     known, x = _without_mask(packing, x)
     known, ranks = meet(group, known, _facts(layer, x, hx, start))
-    done = layer._run_training(x, known, hx, start, ranks)
+    try:
+        done = layer._run_training(x, known, hx, start, ranks)
+    finally:
+        ranks.chain = None  # the graph has it; and the graph has `ranks`, so it would keep itself alive
     return done._replace(rows=_with_mask(packing, known, done.rows))
 
 
 def _facts(layer: BNLSTMBase, x: Tensor, hx: States | None, start: int) -> dict[str, Any]:
     """What has to be the same on all ranks for their collectives and statistics to match."""
-    trained = [
-        [p is not None and p.requires_grad for p in layer._parameters_of(suffix)] for suffix in layer._all_suffixes()
-    ]
     names = ("input_size", "hidden_size", "max_length", "cell_norm", "input_stats", "prior_count", "eps", "momentum")
     facts = {name: getattr(layer, name) for name in names}
     facts |= {"layers and directions": layer._suffixes, "start": start, "dtype": x.dtype, "device": x.device.type}
     facts["gradients are recorded"] = torch.is_grad_enabled()
     if torch.is_grad_enabled():
+        # not through `_parameters_of`, which would compute a parametrised weight once more
+        trained = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
         facts["parameters that require gradients"] = trained
         # With a frozen first layer it depends on its inputs whether it has a backward at all.
-        if not all(any(of_direction) for of_direction in trained[: len(layer._suffixes[0])]):
+        ends = {part for name in trained for part in name.split(".")}
+        if not all(any(end.endswith(suffix) for end in ends) for suffix in layer._suffixes[0]):
             facts["input or hx require gradients"] = any(s.requires_grad for s in (x, *(hx or ())))
     return facts
 

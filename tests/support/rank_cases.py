@@ -29,6 +29,7 @@ class Case:
     hx: bool = False
     start: int = 0
     form: str = "lengths"  # or "device", "packed", "equal", "cell"
+    mean: float = 3.0  # of the input
     seen: bool = True
 
 
@@ -57,6 +58,7 @@ CASES = {
         "one slot": Case((3, 3), options={"max_length": 1}),
         "one step": Case((1, 2), (1, 1, 1), {"cell_norm": True}, form="equal"),
         "float32": Case((2, 4), options={"dtype": torch.float32, **ALL}),
+        "large mean": Case((2, 4), options={"dtype": torch.float32}, mean=1000.0),
         "cell": Case((2, 4), EQUAL, {"cell_norm": True}, form="cell", hx=True),
         "cell, no rows": Case((0, 6), EQUAL, form="cell", hx=True),
     },
@@ -102,7 +104,7 @@ def run_case(case: Case, rank: int | None) -> dict[str, Any]:
     directions = 2 if case.options.get("bidirectional") else 1
     places = directions * case.options.get("num_layers", 1)
     for _ in range(STEPS):
-        x = 3 + numbers(max(case.lengths), 3)[:steps]  # a mean that is far from zero
+        x = case.mean + numbers(max(case.lengths), 3)[:steps]
         hx = (numbers(places, 4), numbers(places, 4))
         of_output, of_h, of_c = numbers(max(case.lengths), 4 * directions), numbers(places, 4), numbers(places, 4)
         x.requires_grad_()
