@@ -116,7 +116,6 @@ def active_group(group: ProcessGroup | str | None) -> ProcessGroup | None:
 
     Raises:
         RuntimeError: torch.distributed is not available or not initialised.
-        ValueError: this process is not in the group.
     """
     if group is None:
         return None
@@ -126,8 +125,6 @@ def active_group(group: ProcessGroup | str | None) -> ProcessGroup | None:
             "torch.distributed.init_process_group first, or set process_group=None"
         )
     found: Any = dist.group.WORLD if isinstance(group, str) else group
-    if dist.get_rank(found) < 0:
-        raise ValueError("process_group: this process is not in the group")
     return found if dist.get_world_size(found) > 1 else None
 
 
@@ -147,7 +144,7 @@ def gather(group: ProcessGroup, own: Tensor, what: str) -> Tensor:
     found = own.new_empty(dist.get_world_size(group), *own.shape)
     try:
         dist.all_gather(list(found.unbind()), own, group=group)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise _failed(group, what, error) from error
     return found
 
@@ -157,7 +154,7 @@ def gather_objects(group: ProcessGroup, own: Any, what: str) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size(group)
     try:
         dist.all_gather_object(found, own, group=group)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise _failed(group, what, error) from error
     return found
 
@@ -165,7 +162,7 @@ def gather_objects(group: ProcessGroup, own: Any, what: str) -> list[Any]:
 def _sum(group: ProcessGroup, own: Tensor, what: str) -> Tensor:
     try:
         dist.all_reduce(own, group=group)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise _failed(group, what, error) from error
     return own
 
@@ -174,7 +171,7 @@ def _of_first(group: ProcessGroup, own: Tensor, what: str) -> Tensor:
     own = own.contiguous()
     try:
         dist.broadcast(own, dist.get_global_rank(group, 0), group=group)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise _failed(group, what, error) from error
     return own
 

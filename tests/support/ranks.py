@@ -19,40 +19,44 @@ import torch
 GROUP_SECONDS = 30
 # Importing torch in all processes at once, on a busy machine, comes on top.
 ALL_SECONDS = 150
+EXIT = 77  # of a rank that a job has made end
+ROOT = Path(__file__).parents[2]
 
 
 def run_ranks(module: str, jobs: list[str], size: int, folder: Path) -> list[dict[str, Any]]:
     """Functions `jobs` of `module`, called with (rank, size, folder), on `size` processes over gloo.
 
     Returns:
-        for each rank {job: result}; what a job raised stands there as text. A rank that
-        ended before its time has no results: {}.
+        for each rank {job: result}; what a job raised stands there as text. A rank that a job has made end (EXIT) has
+        the results of those before.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_BNLSTM_BACKEND": ""}
     if any(name == "lo" for _, name in socket.if_nameindex()):  # not by the host's name, which may lead nowhere
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     command = [sys.executable, "-m", "tests.support.ranks", module, ",".join(jobs), str(size), str(folder)]
-    processes = [
-        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for rank in range(size)
-    ]
+    processes = []
+    for rank in range(size):
+        with (folder / f"{rank}.txt").open("w") as said:
+            own = [*command, str(rank)]
+            processes.append(subprocess.Popen(own, env=environment, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT))
     end = time.monotonic() + ALL_SECONDS
     try:
-        said = [process.communicate(timeout=max(1.0, end - time.monotonic()))[0] for process in processes]
+        for process in processes:
+            process.wait(max(1.0, end - time.monotonic()))
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    results: list[dict[str, Any]] = []
-    for rank, text in enumerate(said):
-        file = folder / f"{rank}.pt"
-        results.append(torch.load(file, weights_only=False) if file.exists() else {})
-        if not file.exists() and processes[rank].returncode != EXIT:
-            raise AssertionError(f"rank {rank} ended with {processes[rank].returncode}:\n{text.decode()}")
-    return results
+    for rank, process in enumerate(processes):
+        if process.returncode not in (0, EXIT):
+            text = (folder / f"{rank}.txt").read_text()
+            raise AssertionError(f"rank {rank} ended with {process.returncode}:\n{text}")
+    return results_of(size, folder)
 
 
-EXIT = 77  # of a rank that a job has made crash
+def results_of(size: int, folder: Path) -> list[dict[str, Any]]:
+    """What `run_ranks` has left."""
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
 def _main() -> None:
@@ -69,6 +73,7 @@ def _main() -> None:
     )
     results: dict[str, Any] = {}
     for job in jobs.split(","):
+        torch.save(results, Path(folder) / f"{rank}.pt")  # it may be this one in which the process ends
         torch.manual_seed(0)
         try:
             results[job] = getattr(import_module(module), job)(int(rank), int(size), Path(folder))
