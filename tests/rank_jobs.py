@@ -149,6 +149,16 @@ def not_finite(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return {"told": [str(warning.message) for warning in told], "changed": changed}
 
 
+def unequal_weights(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Weights that are equal but for rounding, as optimisers on different machines may leave them."""
+    layer = make_layer(**ALL, process_group="world")
+    with torch.no_grad():
+        layer.get_parameter("weight_ih_l0").mul_(1 + rank * 1e-12)
+    x, lengths = inputs(0, rank)
+    layer(3 + x, lengths=lengths)
+    return {"buffers": buffers(layer)}
+
+
 def forgotten(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """What a call keeps for its backward goes with its graph, in which the directions of all layers are one chain."""
     layer = make_layer(**ALL, process_group="world")

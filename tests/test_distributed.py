@@ -22,8 +22,8 @@ from triton_bnlstm import BNLSTM, BNLSTMCell, convert_sync, estimate_statistics
 
 JOBS = {
     2: [
-        *("cases", "ddp", "fsdp", "losses", "empty_passes", "not_finite", "forgotten", "recomputed", "refused"),
-        *("estimates", "estimates_refused"),
+        *("cases", "ddp", "fsdp", "losses", "empty_passes", "not_finite", "unequal_weights"),
+        *("forgotten", "recomputed", "refused", "estimates", "estimates_refused"),
     ],
     4: ["cases", "handles", "halves", "estimates", "crash"],
 }
@@ -181,6 +181,10 @@ def test_no_rank_learns_what_is_not_finite_on_one(ranks):
         assert found["told"][0].startswith("1 training step(s) had batch statistics that are not finite")
 
 
+def test_statistics_are_the_same_bits_whatever_the_weights(ranks):
+    assert_same_buffers(*(found["buffers"] for found in ranks(2, "unequal_weights")))
+
+
 def test_nothing_outlives_its_graph(ranks):
     assert [found["kept"] for found in ranks(2, "forgotten")] == [[1, 0], [1, 0]]
 
@@ -307,6 +311,18 @@ def test_a_group_that_is_not_there():
         estimate_statistics(make_layer(), [], process_group="world")
     assert_same_buffers(before, buffers(layer))
     layer.eval()(torch.zeros(6, 1, 3).double())  # nobody to be asked
+
+
+def test_a_torch_that_has_no_distributed(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "ProcessGroup")
+    monkeypatch.delattr(torch.distributed, "is_initialized")
+    layer = make_layer(process_group="world")
+    with pytest.raises(RuntimeError, match="process_group='world'"):
+        layer(torch.zeros(6, 5, 3).double())
+    with pytest.raises(TypeError, match="process_group must be"):
+        convert_sync(layer, object())
+    convert_sync(layer, None)(torch.zeros(6, 5, 3).double())
 
 
 @pytest.mark.parametrize("group", ["World", 0, True, [0, 1], object()])

@@ -209,7 +209,6 @@ class Ranks:
         """Own [2, .., C], mean and variance; share broadcasts against [N, .., C] → those of all ranks' rows."""
         mean, var = gather(self.group, own, what).unbind(1)
         total = (share * mean).sum(0)
-        total = total + (share * (mean - total)).sum(0)  # what the first sum has rounded away of a large mean
         return total, (share * (var + (mean - total).square())).sum(0)
 
     def merge_steps(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
