@@ -294,7 +294,7 @@ class Stack(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = make_layer(seed=1, bidirectional=True, cell_norm=True, max_length=5)
+        self.first = make_layer(seed=1, seen=False, bidirectional=True, cell_norm=True, max_length=5)
         self.second = make_layer(8, 4, seed=2, input_stats="sequence", max_length=5)
         self.unused = make_layer(seed=3)
 

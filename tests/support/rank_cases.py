@@ -90,8 +90,9 @@ def run_case(case: Case, rank: int | None) -> dict[str, Any]:
     first = 0 if rank is None else sum(case.parts[:rank])
     last = len(case.lengths) if rank is None else first + case.parts[rank]
     lengths = case.lengths[first:last]
+    longest = max(case.lengths)
     # without rows any number of steps will do, but a cell is called for each step on all ranks
-    steps = max(case.lengths) if cell else max(lengths, default=3)
+    steps = longest if cell else max(lengths, default=longest + 2)
     dtype = case.options.get("dtype", torch.float64)
     generator = torch.Generator().manual_seed(7)
     found: dict[str, Any] = {"steps": []}
@@ -104,9 +105,9 @@ def run_case(case: Case, rank: int | None) -> dict[str, Any]:
     directions = 2 if case.options.get("bidirectional") else 1
     places = directions * case.options.get("num_layers", 1)
     for _ in range(STEPS):
-        x = case.mean + numbers(max(case.lengths), 3)[:steps]
+        x = case.mean + numbers(longest + 2, 3)[:steps]
         hx = (numbers(places, 4), numbers(places, 4))
-        of_output, of_h, of_c = numbers(max(case.lengths), 4 * directions), numbers(places, 4), numbers(places, 4)
+        of_output, of_h, of_c = numbers(longest + 2, 4 * directions), numbers(places, 4), numbers(places, 4)
         x.requires_grad_()
         hx[0].requires_grad_(), hx[1].requires_grad_()
         given: Any = hx if case.hx else None
@@ -117,7 +118,7 @@ def run_case(case: Case, rank: int | None) -> dict[str, Any]:
         loss = (output * of_output[: output.shape[0]]).sum() + (h_n * of_h).sum() + (c_n * of_c).sum()
         loss.backward()
         found["steps"].append(
-            {"output": output.detach(), "h_n": h_n.detach(), "c_n": c_n.detach(), "x": x.grad}
+            {"output": output.detach()[:longest], "h_n": h_n.detach(), "c_n": c_n.detach(), "x": x.grad[:longest]}
             | ({"h_0": hx[0].grad, "c_0": hx[1].grad} if case.hx else {})
         )
     found["parameters"] = {name: p.grad for name, p in layer.named_parameters()}
