@@ -117,6 +117,7 @@ def run_case(case: Case, rank: int | None) -> dict[str, Any]:
             output, (h_n, c_n) = _call(layer, case, x, given, lengths, batch_first)
         loss = (output * of_output[: output.shape[0]]).sum() + (h_n * of_h).sum() + (c_n * of_c).sum()
         loss.backward()
+        assert x.grad is not None
         found["steps"].append(
             {"output": output.detach()[:longest], "h_n": h_n.detach(), "c_n": c_n.detach(), "x": x.grad[:longest]}
             | ({"h_0": hx[0].grad, "c_0": hx[1].grad} if case.hx else {})
