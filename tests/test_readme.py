@@ -17,6 +17,9 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 @pytest.mark.filterwarnings(*EXPORTER_WARNINGS)
 def test_every_python_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # one of them writes a file
+    # an example that torchrun would start is one process here
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
     examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert examples
     for example in examples:

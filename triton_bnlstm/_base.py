@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import checks, functional, kept, ops, state, traced
 from .backend import BACKENDS, SAVE_CHOICES, requested_backend
 from .dispatch import run
+from .distributed import Grouped, Ranks, train_together
 from .packing import Packing
 from .precision import compute_dtype, in_dtype
 from .recompute import Calls, fingerprint, in_backward
@@ -29,6 +30,9 @@ from .statistics import (
 )
 from .transforms import batched, transformed
 from .tuning.mode import MODES as AUTOTUNE_MODES
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 RECURRENT_INITS = ("orthogonal", "identity")
 States = tuple[Tensor, Tensor]
@@ -47,7 +51,7 @@ class Pass(NamedTuple):
     moments: list[Statistics | None]
 
 
-class BNLSTMBase(nn.Module):
+class BNLSTMBase(Grouped):
     """Parameters and population statistics of stacked batch-normalised LSTM layers; see `BNLSTM`."""
 
     rows: Tensor
@@ -74,6 +78,7 @@ class BNLSTMBase(nn.Module):
         save: str,
         backend: str | None,
         autotune: str | None,
+        process_group: ProcessGroup | str | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -96,6 +101,7 @@ class BNLSTMBase(nn.Module):
         self.autotune = None if autotune is None else checks.choice("autotune", autotune, AUTOTUNE_MODES)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating dtype, got {dtype}")
+        self.process_group = process_group
         self.dropout = 0.0
         self._suffixes = suffixes
 
@@ -307,8 +313,12 @@ class BNLSTMBase(nn.Module):
         populations: list[Population | None],
         *,
         regularise: bool,
+        ranks: Ranks | None = None,
     ) -> Pass:
-        """All layers and directions over rows, each with its population; pure. `regularise`: dropout and noise."""
+        """All layers and directions over rows, each with its population; pure but for what `ranks` tell each other.
+
+        regularise: dropout and noise.
+        """
         backend, save = requested_backend(self.backend), checks.choice("save", self.save, SAVE_CHOICES)
         if in_backward() and self._asked_for is not None:  # a recomputation: contexts may be gone, or another thread's
             backend = self._asked_for
@@ -330,7 +340,7 @@ class BNLSTMBase(nn.Module):
                     h = c.to(dtype)
                     if regularise and self.initial_noise > 0:
                         h = torch.randn_like(h) * self.initial_noise
-                problem = Problem(packing, populations[place], self.input_stats == "time", self.eps)
+                problem = Problem(packing, populations[place], self.input_stats == "time", self.eps, ranks)
                 turned = x if direction == 0 or mirrored is None else x.index_select(0, mirrored)
                 calls.append(Call(turned, h, c, in_dtype(parameters, dtype), problem))
             outputs = []
@@ -344,11 +354,26 @@ class BNLSTMBase(nn.Module):
                 x = F.dropout(x, self.dropout)
         return Pass(x, torch.stack(h_n), torch.stack(c_n), moments)
 
+    def _leaves_compiled_code(self) -> bool:
+        """Whether a compiler must leave this call as it is: what ranks tell each other has no place in its graph.
+
+        Raises:
+            RuntimeError: the call is being exported.
+        """
+        if not torch.compiler.is_compiling() or not self.training or self.process_group is None:
+            return False
+        if torch.compiler.is_exporting():
+            raise RuntimeError("process_group: training on the rows of all ranks cannot be exported; call eval()")
+        return True
+
     def _run(self, x: Tensor, packing: Packing, hx: States | None, start: int) -> Pass:
         """A call of the layer: by its mode, and in training with the one write to the statistics."""
         if self._intercept is not None:
             return self._intercept(x, packing, hx, start)
         if self.training:
+            group = self._group_to_meet()
+            if group is not None:
+                return train_together(self, group, x, packing, hx, start)
             return self._run_training(x, packing, hx, start)
         return self._run_evaluation(x, packing, hx, start)
 
@@ -366,8 +391,11 @@ class BNLSTMBase(nn.Module):
                 for suffix in self._all_suffixes()
             ]
 
-    def _check_training(self, batch: int, inputs: Iterable[Any]) -> None:
-        """A batch of B sequences can be trained on: not a single one, nor in a vmap that has one population for all."""
+    def _check_training(self, batch: int, inputs: Iterable[Any], together: bool) -> None:
+        """A batch of B sequences can be trained on: not a single one, nor in a vmap that has one population for all.
+
+        together: with the rows of other ranks, which are counted where they meet.
+        """
         if transformed() and not batched(self.rows):
             parameters = (p for suffix in self._all_suffixes() for p in self._parameters_of(suffix))
             if any(isinstance(s, Tensor) and batched(s) for s in (*inputs, *parameters)):
@@ -377,24 +405,28 @@ class BNLSTMBase(nn.Module):
                     "instead, call eval(), or for an ensemble let vmap go over parameters and buffers, as "
                     "torch.func.stack_module_state gives them"
                 )
-        checks.training_batch(batch)
+        if not together:
+            checks.training_batch(batch)
 
-    def _run_training(self, x: Tensor, packing: Packing, hx: States | None, start: int) -> Pass:
-        if packing.equal:  # nothing is taken from the population
+    def _run_training(
+        self, x: Tensor, packing: Packing, hx: States | None, start: int, ranks: Ranks | None = None
+    ) -> Pass:
+        whole = packing if ranks is None else ranks.whole
+        if whole.equal:  # nothing is taken from the population
             populations: list[Population | None] = [None] * len(self._all_suffixes())
             if in_backward():
-                return self._through_layers(x, packing, hx, populations, regularise=True)
-            done = self._through_layers(x, packing, hx, populations, regularise=True)
+                return self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
+            done = self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
         else:
             mark = fingerprint(x, packing, hx)
             if in_backward():
                 populations = self._calls.find(mark)
-                return self._through_layers(x, packing, hx, populations, regularise=True)
-            populations = self._batch_populations(packing, start)
-            done = self._through_layers(x, packing, hx, populations, regularise=True)
+                return self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
+            populations = self._batch_populations(whole, start)
+            done = self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
             if not transformed():  # nor can a checkpoint run again in there
                 self._calls.remember(mark, populations, (done.rows, done.h_n, done.c_n))
-        self._learn(done.moments, packing.batch, start)
+        self._learn(done.moments, whole.batch, start)
         return done
 
     def _learn(self, moments: list[Statistics | None], batch: int, start: int) -> None:

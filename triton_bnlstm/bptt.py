@@ -50,14 +50,26 @@ class _NormBackward:
             shared = -scale * inverse[:, None]
             self.of_sum, self.of_product = shared.unbind(), (shared * rstd.square()).unbind()
 
-    def __call__(self, t: int, dy: Tensor, deviation: Tensor, mask: Tensor | None, out: Tensor) -> None:
-        """Gradient dz of step t to `out`, which is not dy; dy, deviation, out [n, C].
-
-        dy is zero in rows that mask [n, 1] leaves out.
-        """
+    def sums(self, t: int, dy: Tensor, deviation: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Σdy and Σ(dy·deviation) of step t, each [C]; kept for the gradients of parameters. Overwrites `out`."""
         sum_dy = torch.sum(dy, 0, out=self.sum_dy[t])
         torch.mul(dy, deviation, out=out)  # not yet the gradient: a place that will be written anyway
-        product = torch.sum(out, 0, out=self.sum_dy_deviation[t])
+        return sum_dy, torch.sum(out, 0, out=self.sum_dy_deviation[t])
+
+    def __call__(
+        self,
+        t: int,
+        dy: Tensor,
+        deviation: Tensor,
+        mask: Tensor | None,
+        out: Tensor,
+        sums: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Gradient dz of step t to `out`, which is not dy; dy, deviation, out [n, C].
+
+        dy is zero in rows that mask [n, 1] leaves out. sums: those of all ranks; None: those of these rows.
+        """
+        sum_dy, product = self.sums(t, dy, deviation, out) if sums is None else sums
         if self.frozen:
             torch.mul(dy, self.scale[t], out=out)
             return
@@ -87,7 +99,7 @@ def _inverse_counts(problem: Problem, dtype: torch.dtype) -> Tensor | None:
     """1/(n_t + κ_t), [T]; None where statistics are constants."""
     if problem.frozen:
         return None
-    inverse = problem.packing.count.clamp_min(1).reciprocal()
+    inverse = problem.whole.count.clamp_min(1).reciprocal()
     if problem.population is not None:
         inverse = inverse * cast(Tensor, problem.population.weight)
     return inverse.to(dtype)
@@ -119,8 +131,11 @@ def backward(
 
     result: output rows [R, H], z_x [R, 4H] and the statistics that normalised it.
     gradients: of output rows, h_n, c_n.
+
+    With statistics over ranks, x, h_0 and c_0 get the gradients of all ranks' losses; of a parameter's gradient this is
+    one rank's part, and the sum over the ranks is what means something.
     """
-    packing, sizes = problem.packing, problem.packing.sizes
+    packing, sizes, ranks = problem.packing, problem.packing.sizes, problem.ranks
     p = parameters
     dtype, wide = p.weight_hh.dtype, accumulation_dtype(p.weight_hh.dtype)
     weight_ih = p.weight_ih.to(dtype)
@@ -134,7 +149,7 @@ def backward(
     by_sequence = not problem.over_time and not problem.frozen
     norm_hh = _NormBackward(p.gamma_hh.to(wide), torch.stack([step.rstd for step in saved]), inverse)
     if by_sequence:
-        inverse_x = packing.count.sum().reciprocal().to(wide)[None]
+        inverse_x = problem.whole.count.sum().reciprocal().to(wide)[None]
         norm_ih = _NormBackward(p.gamma_ih.to(wide), used.rstd, inverse_x)
     else:
         norm_ih = _NormBackward(p.gamma_ih.to(wide), used.rstd.expand(steps, -1), inverse)
@@ -146,7 +161,7 @@ def backward(
 
     d_weight_ih, d_weight_hh = (torch.zeros_like(w, dtype=wide) for w in (p.weight_ih, p.weight_hh))
     d_x = torch.empty_like(x) if x_needs_gradient else None
-    blocks = _blocks(sizes, x.shape[0] if by_sequence else _BLOCK_ROWS)
+    blocks = [(0, steps)] if by_sequence else _blocks(sizes, _BLOCK_ROWS)
     most = max(sum(sizes[first:last]) for first, last in blocks)
     d_z_of_block, d_z_x_of_block = (x.new_empty(most, columns, dtype=wide) for _ in range(2))
     # one step's, unless all are wanted in the end: what fits into a cache is used again while it is there
@@ -182,7 +197,10 @@ def backward(
                 squashed = torch.addcmul(beta_c, c_deviation, norm_c.scale[t]).tanh()
                 _tanh_backward(through, squashed, grad_input=through)
                 dy, through = through, torch.empty_like(through)
-                norm_c(t, dy, c_deviation, mask, out=through)
+                sums_c = None
+                if ranks is not None:
+                    (sums_c,) = ranks.sum_gradients(t, norm_c.sums(t, dy, c_deviation, through))
+                norm_c(t, dy, c_deviation, mask, out=through, sums=sums_c)
             d_c_new = d_c_new + through
 
             d_a = d_a_all[:n] if d_as is None else d_as[t]  # [n, 4H]
@@ -192,17 +210,29 @@ def backward(
             _tanh_backward(d_c_new * i, g, grad_input=d_g)
             _sigmoid_backward(d_h_new * squashed, o, grad_input=d_o)
 
-            norm_hh(t, d_a, step.deviation, mask, out=d_zs[t - first])
+            d_z, d_z_x = d_zs[t - first], d_zs_x[t - first]
+            sums_hh = sums_ih = None
+            if ranks is not None:
+                own_hh = norm_hh.sums(t, d_a, step.deviation, d_z)
+                if by_sequence:
+                    (sums_hh,) = ranks.sum_gradients(t, own_hh)
+                else:  # one collective for both
+                    own_ih = norm_ih.sums(t, d_a, z_x_rows[t] - mean_x[t], d_z_x)
+                    sums_hh, sums_ih = ranks.sum_gradients(t, own_hh, own_ih)
+            norm_hh(t, d_a, step.deviation, mask, out=d_z, sums=sums_hh)
             if not by_sequence:
-                norm_ih(t, d_a, z_x_rows[t] - mean_x[t], mask, out=d_zs_x[t - first])
+                norm_ih(t, d_a, z_x_rows[t] - mean_x[t], mask, out=d_z_x, sums=sums_ih)
 
-            d_h_old, d_c_old = (d_zs[t - first].to(dtype) @ p.weight_hh).to(wide), d_c_new * f
+            d_h_old, d_c_old = (d_z.to(dtype) @ p.weight_hh).to(wide), d_c_new * f
             if mask is not None:  # a finished row's state passes through
                 d_h_old, d_c_old = torch.where(mask, d_h_old, d_h), torch.where(mask, d_c_old, d_c)
             d_h, d_c = d_h_old, d_c_old
 
         if by_sequence:
-            norm_ih(0, d_a_all, z_x - used.mean, packing.mask, out=d_z_x_block)
+            x_deviation, sums_ih = z_x - used.mean, None
+            if ranks is not None:
+                (sums_ih,) = ranks.sum_gradients(0, norm_ih.sums(0, d_a_all, x_deviation, d_z_x_block))
+            norm_ih(0, d_a_all, x_deviation, packing.mask, out=d_z_x_block, sums=sums_ih)
         if first > 0 and sizes[first - 1] == sizes[last - 1]:
             h_before = rows[begin - sizes[first] : end - sizes[first]]
         else:
@@ -271,6 +301,25 @@ def _backward_of_saved(
     return d_x, d_h, d_c, *d_parameters
 
 
+class _LayerOfRanks(torch.autograd.Function):
+    """`_Layer` where statistics are made over ranks; one more input and output chains the nodes, see `Ranks.chain`."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, moments: list[Statistics | None], *inputs: Any) -> tuple[Tensor, ...]:
+        results = _Layer.forward(ctx, problem, moments, *inputs[:-1])
+        return *results, results[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or any(batched(gradient) for gradient in gradients):
+            raise RuntimeError(
+                "process_group: with statistics over all ranks there are neither gradients of gradients "
+                "(create_graph=True) nor batches of gradients; set process_group=None for them"
+            )
+        chained = gradients[-1] if ctx.needs_input_grad[-1] else None
+        return *_Layer.backward(ctx, *gradients[:-1]), chained
+
+
 def differentiable_backward(
     inputs: tuple[Any, ...], problem: Problem, gradients: tuple[Tensor, ...], needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
@@ -298,9 +347,19 @@ def _layer(call: Call) -> Ran:
     inputs = (x, h, c, *parameters)
     # what transforms, or derives forwards, goes through plain operations; the rest through the backward written here
     plain = transformed() or have_tangents(inputs)
+    if plain and problem.ranks is not None:
+        raise RuntimeError(
+            "process_group: torch.func's transforms and forward-mode derivatives do not reach the rows of other ranks; "
+            "set process_group=None for them"
+        )
     if not plain and torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in inputs):
         holder: list[Statistics | None] = []
-        rows, h_n, c_n = cast(tuple[Tensor, Tensor, Tensor], _Layer.apply(problem, holder, x, h, c_wide, *parameters))
+        given = (problem, holder, x, h, c_wide, *parameters)
+        if problem.ranks is None:
+            rows, h_n, c_n = cast(tuple[Tensor, Tensor, Tensor], _Layer.apply(*given))
+        else:
+            results = _LayerOfRanks.apply(*given, problem.ranks.chain)
+            rows, h_n, c_n, problem.ranks.chain = cast(tuple[Tensor, ...], results)
         moments = holder[0]
     else:
         rows, h_n, c_n, moments, _, _ = reference.forward(x, h, c_wide, parameters, problem)

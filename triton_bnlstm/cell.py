@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from . import checks, plain, traced
 from ._base import BNLSTMBase, States
 from .module import BNLSTM
 from .packing import Packing
 from .precision import compute_dtype, in_input_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class BNLSTMCell(BNLSTMBase):
@@ -22,7 +28,7 @@ class BNLSTMCell(BNLSTMBase):
 
     Args:
         input_size, hidden_size, bias, max_length, cell_norm, input_stats, gamma_init, eps, momentum, recurrent_init,
-            forget_bias, backend, device, dtype: as for `BNLSTM`.
+            forget_bias, backend, process_group, device, dtype: as for `BNLSTM`.
 
     Inputs: input, hx=None, time=0
         * **input**: [B, D], or [D] unbatched.
@@ -54,6 +60,7 @@ class BNLSTMCell(BNLSTMBase):
         recurrent_init: str = "orthogonal",
         forget_bias: float = 1.0,
         backend: str | None = None,
+        process_group: ProcessGroup | str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -75,13 +82,14 @@ class BNLSTMCell(BNLSTMBase):
             save="preactivations",
             backend=backend,
             autotune=None,  # of one step there is nothing to tune
+            process_group=process_group,
             device=device,
             dtype=dtype,
         )
 
     @classmethod
     def from_layer(cls, layer: BNLSTM, index: int = 0) -> BNLSTMCell:
-        """A cell with copies of one layer's forward direction: its parameters, statistics and mode."""
+        """A cell with copies of one layer's forward direction: its parameters, statistics, mode and group."""
         if not isinstance(layer, BNLSTM):
             raise TypeError(f"layer must be a BNLSTM, got {type(layer).__name__}")
         if not 0 <= index < layer.num_layers:
@@ -101,6 +109,7 @@ class BNLSTMCell(BNLSTMBase):
             recurrent_init=layer.recurrent_init,
             forget_bias=layer.forget_bias,
             backend=layer.backend,
+            process_group=layer.process_group,
             device=like.device,
             dtype=like.dtype,
         )
@@ -112,18 +121,21 @@ class BNLSTMCell(BNLSTMBase):
 
     def forward(self, input: Tensor, hx: States | None = None, time: int = 0) -> States:
         """See the class."""
+        if self._leaves_compiled_code():
+            return _forward_uncompiled(self, input, hx, time)
         like = self._like()
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a tensor, got {type(input).__name__}")
         if input.dim() not in (1, 2):
             raise ValueError(f"input must be [B, D], or [D] when unbatched, got {tuple(input.shape)}")
         rows = input[None] if input.dim() == 1 else input
-        checks.rows_of_input(rows[None], self.input_size, False, like)
+        together = self._group_to_meet() is not None
+        checks.rows_of_input(rows[None], self.input_size, False, like, empty_batch=together)
         if plain.requested():
             return plain.run_cell(self, input, hx, time)
         time = checks.integer("time", time, 0)
         if self.training:
-            self._check_training(rows.shape[0], (rows, *(hx if isinstance(hx, tuple | list) else ())))
+            self._check_training(rows.shape[0], (rows, *(hx if isinstance(hx, tuple | list) else ())), together)
         if self.input_stats == "sequence" and (self.training or self._intercept is not None):
             raise ValueError(
                 'input_stats="sequence": a cell sees one step, so it cannot make such statistics, only use them'
@@ -131,7 +143,7 @@ class BNLSTMCell(BNLSTMBase):
         shape = (*input.shape[:-1], self.hidden_size)
         rows, dtype = in_input_dtype(rows, like), compute_dtype(like)
         if hx is not None:
-            h, c = (state.view(1, -1, self.hidden_size) for state in checks.states(hx, shape, like))
+            h, c = (state.view(1, rows.shape[0], self.hidden_size) for state in checks.states(hx, shape, like))
             hx = h.to(dtype), c.to(like.dtype)
         if traced.asked_for(rows):
             given = traced.Sequences(rows[None], None, False, 1, rows.shape[0])
@@ -142,7 +154,11 @@ class BNLSTMCell(BNLSTMBase):
         return h_n.view(shape), c_n.view(shape)
 
     def extra_repr(self) -> str:
-        """Sizes, and whether the cell state is normalised."""
-        return f"{self.input_size}, {self.hidden_size}, max_length={self.max_length}" + (
-            ", cell_norm=True" if self.cell_norm else ""
-        )
+        """Sizes, whether the cell state is normalised, and the process group."""
+        shown = f"{self.input_size}, {self.hidden_size}, max_length={self.max_length}"
+        if self.cell_norm:
+            shown += ", cell_norm=True"
+        return shown if self.process_group is None else f"{shown}, process_group={self._group!r}"
+
+
+_forward_uncompiled = _disable_dynamo(BNLSTMCell.forward)

@@ -92,8 +92,11 @@ def same_kind(name: str, value: Tensor, like: Tensor) -> None:
             )
 
 
-def rows_of_input(value: Any, input_size: int, batch_first: bool, like: Tensor) -> None:
-    """`input` is a tensor [T, B, D] (batch_first: [B, T, D]), unbatched [T, D], or a PackedSequence of such."""
+def rows_of_input(value: Any, input_size: int, batch_first: bool, like: Tensor, *, empty_batch: bool = False) -> None:
+    """`input` is a tensor [T, B, D] (batch_first: [B, T, D]), unbatched [T, D], or a PackedSequence of such.
+
+    empty_batch: B may be 0, since other ranks have rows.
+    """
     if isinstance(value, PackedSequence):
         data = value.data
         if data.dim() != 2:
@@ -102,8 +105,8 @@ def rows_of_input(value: Any, input_size: int, batch_first: bool, like: Tensor) 
         data = value
         if data.dim() not in (2, 3):
             raise ValueError(f"input must be 3-D, or 2-D when unbatched, got {tuple(data.shape)}")
-        if 0 in data.shape[:-1]:
-            time = 1 if batch_first and data.dim() == 3 else 0
+        time = 1 if batch_first and data.dim() == 3 else 0
+        if data.shape[time] == 0 or (0 in data.shape[:-1] and not empty_batch):
             what = "no time steps (T = 0)" if data.shape[time] == 0 else "an empty batch (B = 0)"
             raise ValueError(f"input has {what}: its shape is {tuple(data.shape)}")
     else:
@@ -137,6 +140,8 @@ def lengths_of_batch(lengths: Any, steps: int, batch: int, device: torch.device)
     lengths = lengths_tensor(lengths, batch, device)
     if lengths.device.type != "cpu":
         return lengths
+    if batch == 0:
+        return lengths.to(torch.int64)
     shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest < 1:
         raise ValueError(f"lengths must be at least 1, got {shortest}: leave finished sequences out of the batch")

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import bptt
 from .backend import requested_backend, why_no_kernels
+from .distributed import NO_KERNELS
 from .kernels.config import explicit_config
 from .kernels.errors import KernelError
 from .reference import Call, Ran
@@ -70,7 +71,10 @@ def for_kernels(calls: list[Call], requested: str) -> bool:
     weight = calls[0].parameters.weight_hh
     if requested == "reference" or (requested == "auto" and weight.device.type not in KERNEL_DEVICES):
         return False
-    reason = why_no_kernels(weight.device, weight.dtype) or _why_not_these(calls)
+    if calls[0].problem.ranks is not None:
+        reason: str | None = NO_KERNELS
+    else:
+        reason = why_no_kernels(weight.device, weight.dtype) or _why_not_these(calls)
     if reason is not None and requested == "triton":
         raise RuntimeError(f'backend="triton": {reason}')
     if reason is not None:

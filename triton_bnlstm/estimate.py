@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,12 +13,18 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import checks
 from ._base import BNLSTMBase, Pass, States
+from .distributed import GroupHandle
 from .packing import Packing
+from .peers import Lockstep, Peers, group_of_layers
 from .statistics import Moments, Statistics, all_finite, slots_of_steps, update_statistics_
-from .whole import Captured, run_whole
+from .whole import Captured, on_host, run_whole
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MODES = ("batches", "whole", "paper")
 Forward = Callable[[nn.Module, Any], Any]
+NOT_FINITE = "batches: the statistics of this data are not finite; look for NaN or infinity in it"
 
 
 def estimate_statistics(
@@ -29,6 +35,7 @@ def estimate_statistics(
     forward: Forward | None = None,
     progress: bool = False,
     offload: bool = False,
+    process_group: ProcessGroup | str | None = None,
 ) -> None:
     """Replace the population statistics of every BN-LSTM in `model` by those of a data set.
 
@@ -59,10 +66,16 @@ def estimate_statistics(
         forward: called as forward(model, item) instead, for items that are not just the model's arguments.
         progress: show a progress bar (needs the package `rich`).
         offload: "whole" keeps inputs, states and outputs of the rows on the CPU.
+        process_group: ranks that each have a part of the data: "world" or a ProcessGroup, as for `BNLSTM`. All of them
+            call this, with as many items as each has, also none, and all get the statistics of all items, as one
+            process that has them would; where one fails, all raise. Each batch is one rank's, but "whole" goes through
+            the rows of all ranks in lockstep. None: the layers' own groups; if they have none, this process alone.
 
     Raises:
         TypeError, ValueError: an argument is wrong; a batch of one sequence in a mode that normalises by the batch;
-            statistics that are not finite; in "whole", a layer called more than once for an item.
+            statistics that are not finite; in "whole", a layer called more than once for an item; layers that have
+            different groups.
+        RuntimeError: another rank has failed, or cannot be reached, or torch.distributed is not initialised.
         ImportError: progress=True without rich.
 
     Example:
@@ -92,12 +105,13 @@ def estimate_statistics(
         raise ValueError("model holds no BNLSTM or BNLSTMCell")
     if forward is None:
         forward = _call
+    peers = Peers(group_of_layers(layers, GroupHandle(process_group).group))
 
     with _as_found(model, layers), torch.no_grad(), _uncompiled():
         if mode == "whole":
-            _estimate_whole(model, layers, batches, forward, progress, offload)
+            _estimate_whole(model, layers, batches, forward, progress, offload, peers)
         else:
-            _estimate_by_batches(model, layers, batches, forward, progress, plain_average=mode == "paper")
+            _estimate_by_batches(model, layers, batches, forward, progress, mode == "paper", peers)
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -175,15 +189,19 @@ class _Collected:
                 self.finite &= update_statistics_([(total, _doubled(own))], start, None)
         return done
 
+    def share(self, peers: Peers) -> None:
+        """Make what was collected that of all ranks."""
+        together = peers.add if self.plain_average else peers.merge
+        self.sums = [_each(together, statistics) for statistics in self.sums]
+        self.batches = [_each(peers.add, statistics) for statistics in self.batches]
+
     def write(self) -> None:
         """Put what was collected into the layer."""
-        if not self.called:
-            return
         first: float = 0.0
         for suffix, total, seen in zip(self.layer._all_suffixes(), self.sums, self.batches, strict=True):
             statistics = self.layer._statistics_of(suffix)
-            if not self.finite or not bool(all_finite(total[:3])):
-                raise ValueError("batches: the statistics of this data are not finite; look for NaN or infinity in it")
+            if not bool(all_finite(total[:3])):
+                raise ValueError(NOT_FINITE)
             for buffers, sums, batches in zip(statistics[:3], total[:3], seen[:3], strict=True):
                 if buffers is None or sums is None or batches is None:
                     continue
@@ -206,19 +224,18 @@ def _zeros_like(statistics: Statistics) -> Statistics:
     def zeros(moments: Moments) -> Moments:
         return Moments(*(torch.zeros_like(s, dtype=torch.float64) for s in moments))
 
-    cell = None if statistics.c is None else zeros(statistics.c)
-    return Statistics(zeros(statistics.ih), zeros(statistics.hh), cell, torch.zeros_like(statistics.rows))
+    return _each(zeros, statistics)._replace(rows=torch.zeros_like(statistics.rows))
+
+
+def _each(change: Callable[[Moments], Moments], statistics: Statistics) -> Statistics:
+    """`change` of each norm's moments."""
+    ih, hh, c, rows = statistics
+    return Statistics(change(ih), change(hh), None if c is None else change(c), rows)
 
 
 def _doubled(moments: Statistics) -> Statistics:
     """In float64, so that the order of merging leaves no trace."""
-
-    def double(m: Moments) -> Moments:
-        return Moments(m.mean.double(), m.var.double(), m.count)
-
-    return Statistics(
-        double(moments.ih), double(moments.hh), None if moments.c is None else double(moments.c), moments.rows
-    )
+    return _each(lambda m: Moments(m.mean.double(), m.var.double(), m.count), moments)
 
 
 def _add(total: Statistics, seen: Statistics, own: Statistics, start: int) -> None:
@@ -242,18 +259,46 @@ def _estimate_by_batches(
     forward: Forward,
     progress: bool,
     plain_average: bool,
+    peers: Peers,
 ) -> None:
     collected = [_Collected(layer, plain_average) for layer in layers]
     for each in collected:
         each.layer._intercept = each.intercept
-    empty = True
-    for item in _shown(batches, progress, "population statistics"):
-        empty = False
-        forward(model, item)
-    if empty:
+    empty, error = True, None
+    try:
+        for item in _shown(batches, progress, "population statistics"):
+            empty = False
+            forward(model, item)
+        if not all(each.finite for each in collected):
+            raise ValueError(NOT_FINITE)
+    except Exception as raised:
+        error = raised
+    mode = "paper" if plain_average else "batches"
+    told = peers.settle(error, _facts(mode, layers) | {"empty": empty, "called": [each.called for each in collected]})
+    _check_same(told, ("mode", "layers"))
+    if all(facts["empty"] for facts in told):
         raise ValueError("batches is empty")
-    for each in collected:
-        each.write()
+    for k, each in enumerate(collected):
+        if any(facts["called"][k] for facts in told):
+            each.share(peers)
+            each.write()
+
+
+def _facts(mode: str, layers: list[BNLSTMBase]) -> dict[str, Any]:
+    """What has to be the same on all ranks."""
+    shapes = [[(name, tuple(buffer.shape)) for name, buffer in layer.named_buffers()] for layer in layers]
+    return {"mode": mode, "layers": shapes}
+
+
+def _check_same(told: list[dict[str, Any]], names: tuple[str, ...]) -> None:
+    """What ranks have told, which all of them see alike."""
+    for name in names:
+        for rank, facts in enumerate(told):
+            if facts[name] != told[0][name]:
+                raise ValueError(
+                    f"process_group: the ranks make different calls; {name}: {told[0][name]!r} on rank 0, "
+                    f"{facts[name]!r} on rank {rank}"
+                )
 
 
 class _Stop(Exception):
@@ -295,6 +340,7 @@ def _estimate_whole(
     forward: Forward,
     progress: bool,
     offload: bool,
+    peers: Peers,
 ) -> None:
     arrivals: list[tuple[_Door, Captured]] = []
     doors = [_Door(layer, arrivals, offload) for layer in layers]
@@ -309,20 +355,50 @@ def _estimate_whole(
 
     while not all(door.done for door in doors):
         arrivals.clear()
-        empty = True
+        empty, error = True, None
         number = 1 + sum(door.done for door in doors)
-        for item in _shown(batches, progress, f"population statistics, layer {number} of {len(doors)}"):
-            empty = False
-            run(item)
-        if empty:
+        calls: list[Captured] = []
+        facts = _facts("whole", layers)
+        try:
+            for item in _shown(batches, progress, f"population statistics, layer {number} of {len(doors)}"):
+                empty = False
+                run(item)
+            calls = [on_host(call) for _, call in arrivals]
+        except Exception as raised:
+            error = raised
+        facts["targets"] = sorted({doors.index(door) for door, _ in arrivals})
+        facts["starts"] = sorted({call.start for call in calls})
+        facts |= {"empty": empty, "steps": max((len(call.packing.sizes) for call in calls), default=0)}
+        facts["batch"] = sum(call.packing.batch for call in calls)
+        told = peers.settle(error, facts)
+        _check_same(told, ("mode", "layers"))
+        if all(of_rank["empty"] for of_rank in told):
             raise ValueError("batches is empty")
-        if not arrivals:  # the model does not call what is left
+        targets, starts = ({k for of_rank in told for k in of_rank[name]} for name in ("targets", "starts"))
+        if not targets:  # the model does not call what is left
             return
-        target = arrivals[0][0]
-        if any(door is not target for door, _ in arrivals):
+        if len(targets) > 1:
             raise ValueError('mode="whole": the model calls its layers in another order for other items')
-        run_whole(target.layer, [call for _, call in arrivals], offload)
+        if len(starts) > 1:
+            raise ValueError(
+                'mode="whole": calls with different start cannot be taken as one batch; use mode="batches"'
+            )
+        target = doors[targets.pop()]
+        steps, batch = max(of_rank["steps"] for of_rank in told), sum(of_rank["batch"] for of_rank in told)
+        lockstep = Lockstep(peers.group, 4 * target.layer.hidden_size, target.layer.rows.device)
+        try:
+            run_whole(target.layer, calls, offload, starts.pop(), steps, batch, lockstep)
+        except Exception as raised:
+            error = raised
+        lockstep.close(error)
         if not all(bool(all_finite(target.layer._statistics_of(s)[:3])) for s in target.layer._all_suffixes()):
-            raise ValueError("batches: the statistics of this data are not finite; look for NaN or infinity in it")
+            raise ValueError(NOT_FINITE)
         target.done = True
-    run(next(iter(batches)))  # past the last layer, to see that no layer is called again
+    error = None
+    try:
+        for item in batches:  # one past the last layer, to see that no layer is called again
+            run(item)
+            break
+    except Exception as raised:
+        error = raised
+    peers.settle(error, {})

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, functional, plain, traced
 from ._base import BNLSTMBase, States
 from .precision import compute_dtype
 from .statistics import Moments, resolve_statistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def _tensors(given: Any) -> tuple[Any, ...]:
@@ -71,6 +75,12 @@ class BNLSTM(BNLSTMBase):
         autotune: "off" measures no layouts of the kernels; "on_miss" measures before a call, and keeps in the user's
             cache, what nobody has measured for its sizes on this device; "force" measures once more in this process.
             None: what `use_autotune` or the environment variable TRITON_BNLSTM_AUTOTUNE say, else "off".
+        process_group: in training, batch statistics are made of the rows of all ranks of this group, forward and
+            backward: "world" (torch.distributed's default group at the time of the call) or a ProcessGroup. Ranks may
+            have different numbers of sequences and steps, also none (B = 0), with two sequences in all; each calls the
+            layer, and its backward, as often as the others. Each rank's gradients of parameters are its part of a
+            sum over the ranks. It runs on the reference path, whatever the device, and without gradients of
+            gradients. Nothing is communicated in evaluation. None: each rank by itself. See `convert_sync`.
         device, dtype: of the parameters. Statistics are float32 (float64 for float64 parameters), counts float64.
 
     Inputs: input, hx=None, lengths=None, start=0
@@ -97,7 +107,10 @@ class BNLSTM(BNLSTMBase):
     The suffix is `_l{k}_reverse` for the second direction.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; the message names it, and nothing has changed.
+        TypeError, ValueError: an argument is wrong; the message names it, and nothing has changed. With a process group
+            that includes ranks that make different calls; all of them raise.
+        RuntimeError: process_group is given and torch.distributed not initialised, or another rank cannot be reached:
+            the statistics are as before. Or backend="triton", and the kernels cannot run this.
 
     Example:
         >>> layer = BNLSTM(13, 64, max_length=100, batch_first=True)
@@ -129,6 +142,7 @@ class BNLSTM(BNLSTMBase):
         save: str = "preactivations",
         backend: str | None = None,
         autotune: str | None = None,
+        process_group: ProcessGroup | str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -155,6 +169,7 @@ class BNLSTM(BNLSTMBase):
             save=save,
             backend=backend,
             autotune=autotune,
+            process_group=process_group,
             device=device,
             dtype=dtype,
         )
@@ -192,8 +207,11 @@ class BNLSTM(BNLSTMBase):
         """See the class."""
         if plain.requested():
             return plain.run_layer(self, input, hx, lengths, start)
+        if self._leaves_compiled_code():
+            return _forward_uncompiled(self, cast(Any, input), hx, lengths, start)
         like = self._like()
-        checks.rows_of_input(input, self.input_size, self.batch_first, like)
+        together = self._group_to_meet() is not None
+        checks.rows_of_input(input, self.input_size, self.batch_first, like, empty_batch=together)
         start, dtype = checks.integer("start", start, 0), compute_dtype(like)
         tracing = traced.asked_for(input)
         if tracing:
@@ -203,13 +221,14 @@ class BNLSTM(BNLSTMBase):
             host_lengths = functional.check_lengths(input, lengths, self.batch_first)
             batch = functional.batch_of(input, self.batch_first)
         if self.training:
-            self._check_training(batch, (*_tensors(input), *_tensors(hx)))
+            self._check_training(batch, (*_tensors(input), *_tensors(hx)), together)
         unbatched = isinstance(input, Tensor) and input.dim() == 2
         places = self.num_layers * (2 if self.bidirectional else 1)
         shape = (places, self.hidden_size) if unbatched else (places, batch, self.hidden_size)
         if hx is not None:
             h_0, c_0 = checks.states(hx, shape, like)
-            hx = h_0.to(dtype).view(places, batch, self.hidden_size), c_0.to(like.dtype).view(places, batch, -1)
+            by_place = (places, batch, self.hidden_size)
+            hx = h_0.to(dtype).view(by_place), c_0.to(like.dtype).view(by_place)
         if tracing:
             return self._traced(given, input, hx, start, shape)
 
@@ -297,8 +316,10 @@ class BNLSTM(BNLSTMBase):
             "save": "preactivations",
             "backend": None,
             "autotune": None,
+            "process_group": None,
         }
-        shown += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
+        options = {k: self._group if k == "process_group" else getattr(self, k) for k in defaults}
+        shown += [f"{k}={options[k]!r}" for k, default in defaults.items() if getattr(self, k) != default]
         return ", ".join(shown)
 
     @classmethod
@@ -316,6 +337,7 @@ class BNLSTM(BNLSTMBase):
         save: str = "preactivations",
         backend: str | None = None,
         autotune: str | None = None,
+        process_group: ProcessGroup | str | None = None,
     ) -> BNLSTM:
         """A layer with an nn.LSTM's weights, that in eval() computes what the LSTM does until its statistics change.
 
@@ -325,8 +347,8 @@ class BNLSTM(BNLSTMBase):
 
         Args:
             lstm: without proj_size.
-            max_length, cell_norm, input_stats, prior_count, eps, momentum, initial_noise, save, backend, autotune: as
-                for the layer.
+            max_length, cell_norm, input_stats, prior_count, eps, momentum, initial_noise, save, backend, autotune,
+                process_group: as for the layer.
 
         Raises:
             TypeError: `lstm` is not an nn.LSTM.
@@ -356,6 +378,7 @@ class BNLSTM(BNLSTMBase):
             save=save,
             backend=backend,
             autotune=autotune,
+            process_group=process_group,
             device=weight.device,
             dtype=weight.dtype,
         )
@@ -407,3 +430,7 @@ class BNLSTM(BNLSTMBase):
                 getattr(lstm, f"bias_ih{suffix}").copy_(bias)
                 getattr(lstm, f"bias_hh{suffix}").zero_()
         return lstm.train(self.training)
+
+
+# Lazily: importing torch._dynamo takes a second, which nobody should pay who does not compile.
+_forward_uncompiled = _disable_dynamo(BNLSTM.forward)

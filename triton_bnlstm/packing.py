@@ -10,7 +10,7 @@ all B rows, of which the first n_t are valid: `mask` tells which, and kernels re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -64,7 +64,7 @@ class Packing:
     def of_host_lengths(cls, steps: int, lengths: Tensor, device: torch.device) -> Packing:
         """Lengths [B] known to the host, each in 1..T."""
         batch = lengths.numel()
-        if int(lengths.min()) == steps:
+        if batch == 0 or int(lengths.min()) == steps:
             return cls.of_equal_lengths(steps, batch, device)
         ordered, order = torch.sort(lengths, descending=True, stable=True)
         time = torch.arange(int(ordered[0]), device="cpu")[:, None]
@@ -114,6 +114,12 @@ class Packing:
             inverse=packed.unsorted_indices,
         )
 
+    def with_steps(self, steps: int) -> Packing:
+        """The same rows over another number of steps, of which the last ones may hold none; without a mask."""
+        sizes = (*self.sizes, *(0,) * steps)[:steps]
+        count = torch.cat([self.count, self.count.new_zeros(steps)])[:steps]
+        return replace(self, sizes=sizes, count=count)
+
     @cached_property
     def mirror(self) -> Tensor:
         """[R] the row that stands at the same distance from its own sequence's end; its own inverse."""
@@ -156,7 +162,7 @@ class Packing:
         if self.index is not None:
             flat = rows.new_zeros(self.steps * self.batch, rows.shape[1])
             rows = flat.index_copy(0, self.index, rows)
-        rectangle = rows.reshape(self.steps, self.batch, -1)
+        rectangle = rows.reshape(self.steps, self.batch, rows.shape[1])
         if self.mask is not None and self.inverse is not None:
             return rectangle.index_select(1, self.inverse)
         return rectangle

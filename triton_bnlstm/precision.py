@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .checks import autocast_is_on
-from .reference import Parameters
+
+if TYPE_CHECKING:
+    from .reference import Parameters
 
 
 def in_input_dtype(x: Tensor, like: Tensor) -> Tensor:

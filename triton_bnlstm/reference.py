@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .distributed import Ranks
 from .packing import Packing
 from .statistics import Moments, Population, Statistics
 from .transforms import transformed
@@ -56,12 +57,19 @@ class Problem(NamedTuple):
 
     population: None when every seat is taken in every training step; its weight is None when statistics are constants.
     over_time: statistics of W_x x per time step; False: one set over all rows.
+    ranks: in training, those whose rows the statistics are made of; None: this process's rows alone.
     """
 
     packing: Packing
     population: Population | None
     over_time: bool
     eps: float
+    ranks: Ranks | None = None
+
+    @property
+    def whole(self) -> Packing:
+        """The rows that statistics are made of: its counts, steps and batch are those of all ranks."""
+        return self.packing if self.ranks is None else self.ranks.whole
 
     @property
     def frozen(self) -> bool:
@@ -130,6 +138,11 @@ def _moments_of_valid_rows(z: Tensor, mask: Tensor, count: Tensor) -> tuple[Tens
     return mean, (deviation * mask).square().sum(-2) / count, deviation
 
 
+def _moments_of_any_rows(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of rows [n, C], zeros where there are none."""
+    return moments_of_rows(z)[:2] if len(z) else (z.new_zeros(z.shape[1]),) * 2
+
+
 def _fill_seats(gap: Tensor, var: Tensor, population_var: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """What phantom rows take off the batch's mean, and the variance of its rows and phantom rows together.
 
@@ -151,7 +164,11 @@ def input_mean(x: Tensor, problem: Problem) -> Tensor:
     Any constant near the mean would do: results do not depend on it but for rounding, so it has no gradient.
     """
     packing, wide = problem.packing, accumulation_dtype(x.dtype)
-    x, count = x.detach(), packing.count.to(wide)
+    x, count = x.detach(), problem.whole.count.to(wide)
+    if problem.ranks is not None:
+        total = torch.stack([part.sum(0, dtype=wide) for part in x.split(packing.sizes)])
+        total = problem.ranks.sum_in_order(total)
+        return total / count[:, None] if problem.over_time else (total.sum(0) / count.sum())[None]
     if packing.mask is not None:
         x = torch.where(packing.mask, x, 0)
     if not problem.over_time:
@@ -169,7 +186,7 @@ def centre(x: Tensor, mean: Tensor, packing: Packing, first: int = 0, last: int 
         return (x - mean).to(x.dtype)
     sizes, mean = packing.sizes[first:last], mean[first:last]
     if sizes[0] == sizes[-1]:
-        return (x.unflatten(0, (len(sizes), -1)) - mean[:, None]).to(x.dtype).flatten(0, 1)
+        return (x.unflatten(0, (len(sizes), sizes[0])) - mean[:, None]).to(x.dtype).flatten(0, 1)
     held = packing.count[first:last].long()
     return (x - mean.repeat_interleave(held, 0, output_size=x.shape[0])).to(x.dtype)
 
@@ -178,6 +195,9 @@ def _input_moments(z: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """Moments of z_x [R, C] in all steps at once: [T, C], or [1, C] over sequences."""
     packing = problem.packing
     count = packing.count.to(z.dtype)
+    if problem.ranks is not None:
+        found = [_moments_of_any_rows(part) for part in (z.split(packing.sizes) if problem.over_time else [z])]
+        return problem.ranks.merge_steps(*(torch.stack(moments) for moments in zip(*found, strict=True)))
     if not problem.over_time:
         mask = packing.mask
         mean, var, _ = moments_of_rows(z) if mask is None else _moments_of_valid_rows(z, mask, count.sum())
@@ -188,8 +208,8 @@ def _input_moments(z: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
         mean, var, _ = _moments_of_valid_rows(z.view(by_step), mask, count)
         return mean, var
     if _one_step_at_a_time(z, packing):
-        found = [moments_of_rows(part) for part in z.split(packing.sizes)]
-        return torch.stack([mean for mean, _, _ in found]), torch.stack([var for _, var, _ in found])
+        parts = [moments_of_rows(part) for part in z.split(packing.sizes)]
+        return torch.stack([mean for mean, _, _ in parts]), torch.stack([var for _, var, _ in parts])
     mean, var, _ = moments_of_rows(z.view(by_step).transpose(0, 1))
     return mean, var
 
@@ -216,7 +236,9 @@ def _use_input_statistics(
     # W_x x̄ may be large and its distance from the population small. It is one row per step, so float64 costs little,
     # and neither autocast nor TF32 rounds it.
     offset = F.linear(x_mean.double(), weight_ih.double())
-    count = problem.packing.count
+    if problem.ranks is not None:
+        offset = problem.ranks.of_first(offset)
+    count = problem.whole.count
     own_count = count if problem.over_time else count.sum(0, keepdim=True)
     own = Moments((mean + offset).to(z.dtype).detach(), var.detach(), own_count)
     pull = None
@@ -269,11 +291,16 @@ class _StepNorm:
         if self.frozen:
             mean, var = self.population[t]
             return z - mean, (var + eps).rsqrt()
-        own = moments_of_rows(z) if mask is None else _moments_of_valid_rows(z, mask, self.count[t])
-        mean, var, deviation = own
+        ranks = self.problem.ranks
+        if ranks is not None:
+            mean, var = ranks.merge_step(t, *_moments_of_any_rows(z))
+            deviation = z - mean
+        else:
+            own = moments_of_rows(z) if mask is None else _moments_of_valid_rows(z, mask, self.count[t])
+            mean, var, deviation = own
         self.means.append(mean)
         self.vars.append(var)
-        if mask is not None or z.shape[0] < self.problem.packing.batch:
+        if mask is not None or self.problem.whole.sizes[t] < self.problem.whole.batch:
             population_mean, population_var = self.population[t]
             pull, var = _fill_seats(mean - population_mean, var, population_var, self.weight[t])
             deviation = z - (mean - pull)
@@ -281,7 +308,7 @@ class _StepNorm:
 
     def moments(self) -> Moments:
         """The batch's own moments, [T, C]."""
-        return Moments(torch.stack(self.means).detach(), torch.stack(self.vars).detach(), self.problem.packing.count)
+        return Moments(torch.stack(self.means).detach(), torch.stack(self.vars).detach(), self.problem.whole.count)
 
 
 def forward(
@@ -364,6 +391,6 @@ def forward(
     h_n, c_n = torch.cat([h, *reversed(finished_h)]), torch.cat([c, *reversed(finished_c)])
     moments = None
     if own_ih is not None:
-        seats = packing.count.new_full((), packing.batch)  # a tensor made from a number would wait for the device
+        seats = packing.count.new_full((), problem.whole.batch)  # a tensor made from a number would wait for the device
         moments = Statistics(own_ih, norm_hh.moments(), None if norm_c is None else norm_c.moments(), seats)
     return torch.cat(outputs) if places is None else rows, h_n, c_n, moments, z_x, used

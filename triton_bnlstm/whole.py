@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ._base import BNLSTMBase, States
 from .packing import Packing
-from .precision import compute_dtype, in_dtype, without_autocast
+from .peers import Lockstep
+from .precision import compute_dtype, in_dtype
 from .reference import accumulation_dtype, moments_of_rows, update_cell
 from .statistics import Moments, inherit, merge
 
@@ -42,7 +43,7 @@ class _Chunk:
         return self.packing.sizes[t]
 
 
-def _on_host(call: Captured) -> Captured:
+def on_host(call: Captured) -> Captured:
     """Lengths that only the device knows → a prefix of rows per step."""
     old = call.packing
     if old.mask is None:
@@ -52,34 +53,34 @@ def _on_host(call: Captured) -> Captured:
     return Captured(new.pack(call.x.view(old.steps, old.batch, -1)), new, hx, call.start)
 
 
-def _moments_of_parts(parts: list[Tensor]) -> Moments:
-    """Moments of the rows of all parts [n, C] together, as [1, C] float64."""
+def _moments_of_parts(parts: list[Tensor]) -> Moments | None:
+    """Moments of the rows of all parts [n, C] together, as [1, C] float64; None without parts."""
     total: Moments | None = None
     for z in parts:
         mean, var, _ = moments_of_rows(z)
         own = Moments(mean[None].double(), var[None].double(), mean.new_full((1,), len(z), dtype=torch.float64))
         total = own if total is None else merge(total, own)
-    assert total is not None
     return total
 
 
 class _Slots:
     """One norm's slots as the pass fills them, and what it normalises by."""
 
-    def __init__(self, moments: Moments, rows: Tensor, start: int) -> None:
+    def __init__(self, moments: Moments, rows: Tensor, start: int, lockstep: Lockstep) -> None:
         moments.mean.zero_()
         moments.var.fill_(1)
         moments.count.zero_()
-        self.found, self.rows, self.start = moments, rows, start
+        self.found, self.rows, self.start, self.lockstep = moments, rows, start, lockstep
         self.used: Moments | None = None
 
     def __call__(self, t: int, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Rows of all chunks at step t → the mean and variance that normalise them, each [C]."""
+        """Rows of all chunks of this rank at step t → the mean and variance that normalise them, each [C]."""
         last = self.found.mean.shape[0] - 1
         # The last slot stands on the first step that it serves: it could not hold later ones, which depend on it.
         if self.used is None or self.start + t <= last:
             slot = min(self.start + t, last)
-            for buffer, value in zip(self.found, _moments_of_parts(parts), strict=True):
+            merged = self.lockstep.merge(_moments_of_parts(parts), self.found.mean.shape[1])
+            for buffer, value in zip(self.found, merged, strict=True):
                 buffer[slot] = value[0]
             own = Moments(*(s[slot : slot + 1] for s in self.found))
             self.used = own if self.used is None else inherit(own, self.used, self.found.count[0], self.rows)
@@ -87,11 +88,18 @@ class _Slots:
 
 
 def _run_direction(
-    layer: BNLSTMBase, suffix: str, chunks: list[_Chunk], start: int, device: torch.device, dtype: torch.dtype
+    layer: BNLSTMBase,
+    suffix: str,
+    chunks: list[_Chunk],
+    start: int,
+    steps: int,
+    home: torch.device,
+    lockstep: Lockstep,
+    dtype: torch.dtype,
 ) -> None:
     """One direction over all chunks; fills its statistics, and each chunk's outputs in the order of its rows.
 
-    dtype: of matrix products, and of outputs.
+    steps: of the longest chunk of any rank. dtype: of matrix products, and of outputs.
     """
     p = layer._parameters_of(suffix)
     p = in_dtype(p, dtype)
@@ -104,16 +112,16 @@ def _run_direction(
     wide = accumulation_dtype(p.weight_hh.dtype)
     gamma_ih, gamma_hh = p.gamma_ih.to(wide), p.gamma_hh.to(wide)
     over_time = layer.input_stats == "time"
-    slots_ih, slots_hh = _Slots(found.ih, found.rows, start), _Slots(found.hh, found.rows, start)
-    slots_c = None if found.c is None else _Slots(found.c, found.rows, start)
-    home = chunks[0].h.device
+    slots_ih, slots_hh = (_Slots(moments, found.rows, start, lockstep) for moments in (found.ih, found.hh))
+    slots_c = None if found.c is None else _Slots(found.c, found.rows, start, lockstep)
+    device = found.rows.device
 
     if not over_time:
         all_steps = [project(x) for k in chunks for x in k.x_steps]
         used_ih = slots_ih(0, all_steps)
         del all_steps
 
-    for t in range(max(len(k.x_steps) for k in chunks)):
+    for t in range(steps):
         held = [k for k in chunks if t < len(k.x_steps)]
         z_xs = [project(k.x_steps[t]) for k in held]
         if over_time:
@@ -145,23 +153,24 @@ def _run_direction(
 
 
 @torch.no_grad()
-def run_whole(layer: BNLSTMBase, calls: list[Captured], offload: bool) -> None:
+def run_whole(
+    layer: BNLSTMBase, calls: list[Captured], offload: bool, start: int, steps: int, batch: int, lockstep: Lockstep
+) -> None:
     """Replace a layer's statistics by those of all rows of `calls`, through its layers and directions in turn.
 
-    offload: rows, states and outputs wait on the CPU; only one step's pre-activations are on the device.
-
-    Raises:
-        ValueError: calls start at different slots, or statistics are not finite.
+    Args:
+        layer: what is to be run.
+        calls: this rank's; there may be none where other ranks have some.
+        offload: rows, states and outputs wait on the CPU; only one step's pre-activations are on the device.
+        start: of all calls.
+        steps: of the longest call of any rank.
+        batch: sequences of all calls of all ranks.
+        lockstep: makes the ranks' moments those of all rows.
     """
-    calls = [_on_host(call) for call in calls]
-    device = layer.rows.device
-    home = torch.device("cpu") if offload else device
-    start = calls[0].start
-    if any(call.start != start for call in calls):
-        raise ValueError('mode="whole": calls with different start cannot be taken as one batch; use mode="batches"')
+    home = torch.device("cpu") if offload else layer.rows.device
     if not layer.rows:  # never trained: as if every vacated seat were inherited
-        layer.rows.fill_(sum(call.packing.batch for call in calls))
-    wide = accumulation_dtype(calls[0].x.dtype)
+        layer.rows.fill_(batch)
+    wide = accumulation_dtype(layer._like().dtype)
     dtype = compute_dtype(layer._like())
     inputs = [call.x.to(home) for call in calls]
     place = 0
@@ -177,8 +186,7 @@ def run_whole(layer: BNLSTMBase, calls: list[Captured], offload: bool) -> None:
                     h, c = call.hx[0][place].clone(), call.hx[1][place].to(wide, copy=True)
                 turned = x if direction == 0 else x.index_select(0, call.packing.mirror.to(home))
                 chunks.append(_Chunk(turned, call.packing, h, c, home))
-            with without_autocast(layer.rows):
-                _run_direction(layer, suffix, chunks, start, device, dtype)
+            _run_direction(layer, suffix, chunks, start, steps, home, lockstep, dtype)
             for result, chunk in zip(results, chunks, strict=True):
                 rows = torch.cat(chunk.outputs)
                 mirror = chunk.packing.mirror.to(home) if direction else None
