@@ -323,12 +323,12 @@ class _LayerOfRanks(torch.autograd.Function):
 def differentiable_backward(
     inputs: tuple[Any, ...], problem: Problem, gradients: tuple[Tensor, ...], needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """The same gradients with a graph of their own, from `reference.forward` run again."""
-    # a view each, so that one tensor in two places gets its two gradients apart
-    views: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-    x, h, c, *parameters = views
+    """The same gradients from `reference.forward` run again, with a graph of their own if gradients are recorded."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
+        # a view each, so that one tensor in two places gets its two gradients apart
+        views: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        x, h, c, *parameters = views
         outputs = reference.forward(x, h, c, Parameters(*parameters), problem)[:3]
     wanted = [view for view, need in zip(views, needed, strict=True) if need]
     found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=create_graph, allow_unused=True))

@@ -90,7 +90,8 @@ def merge(a: Moments, b: Moments) -> Moments:
     share = torch.where(count > 0, b.count / count.clamp_min(torch.finfo(count.dtype).tiny), 0)
     share = share.to(a.mean.dtype)[:, None]
     gap = b.mean - a.mean
-    var = torch.lerp(a.var, b.var, share).addcmul_(share * (1 - share) * gap, gap)  # lerp is exact at both its ends
+    # lerp is exact at both its ends
+    var = torch.addcmul(torch.lerp(a.var, b.var, share), share * (1 - share) * gap, gap)
     return Moments(torch.lerp(a.mean, b.mean, share), var, count)
 
 
