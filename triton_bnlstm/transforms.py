@@ -12,8 +12,8 @@ _functorch = torch._C._functorch
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func (grad, vjp, jvp, vmap, functionalize, …) runs this code."""
-    return _functorch.peek_interpreter_stack() is not None
+    """Whether a transform of torch.func (grad, vjp, jvp, vmap, functionalize, …) runs this code, and not a compiler."""
+    return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
 
 
 def have_tangents(tensors: Iterable[Tensor | None]) -> bool:
