@@ -23,8 +23,8 @@ from .statistics import (
     Moments,
     Population,
     Statistics,
-    pool,
     population_at_steps,
+    resized,
     training_population,
     update_statistics_,
 )
@@ -224,20 +224,8 @@ class BNLSTMBase(Grouped):
             for norm, moments in zip(("ih", "hh", "c"), self._statistics_of(suffix)[:3], strict=True):
                 if moments is None or (norm == "ih" and self.input_stats == "sequence"):
                     continue
-                missing = slots - self.max_length
-                if missing > 0:
-                    blank = Moments(
-                        moments.mean.new_zeros(missing, moments.mean.shape[1]),
-                        moments.var.new_ones(missing, moments.var.shape[1]),
-                        moments.count.new_zeros(missing),
-                    )
-                    parts = [moments, blank]
-                else:
-                    last = pool(Moments(*(s[slots - 1 :] for s in moments)))
-                    last = last._replace(var=torch.where(last.count[:, None] > 0, last.var, 1))
-                    parts = [Moments(*(s[: slots - 1] for s in moments)), last]
-                for name, values in zip(Moments._fields, zip(*parts, strict=True), strict=True):
-                    self._buffers[f"{name}_{norm}{suffix}"] = torch.cat(values)
+                for name, values in zip(Moments._fields, resized(moments, slots), strict=True):
+                    self._buffers[f"{name}_{norm}{suffix}"] = values
         self.max_length = slots
 
     # Conversions, copies and state

@@ -104,6 +104,22 @@ def pool(moments: Moments) -> Moments:
     return Moments(mean, var, count)
 
 
+def resized(moments: Moments, slots: int) -> Moments:
+    """Moments of so many slots: new ones have seen nothing, and those that go are pooled into the new last one."""
+    missing = slots - moments.mean.shape[0]
+    if missing > 0:
+        mean, var = (
+            moments.mean.new_zeros(missing, moments.mean.shape[1]),
+            moments.var.new_ones(missing, moments.var.shape[1]),
+        )
+        parts = moments, Moments(mean, var, moments.count.new_zeros(missing))
+    else:
+        last = pool(Moments(*(s[slots - 1 :] for s in moments)))
+        last = last._replace(var=torch.where(last.count[:, None] > 0, last.var, 1))
+        parts = Moments(*(s[: slots - 1] for s in moments)), last
+    return Moments(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
 def slots_of_steps(steps: Moments, start: int, slots: int) -> tuple[int, Moments]:
     """Rows of steps start, start+1, … as rows of slots: (first slot, moments of the consecutive slots from there).
 
