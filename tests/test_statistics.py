@@ -209,11 +209,11 @@ def test_evaluation_and_errors_write_nothing():
 
 
 def test_resolved_statistics_are_kept_in_eval_until_a_buffer_changes(monkeypatch):
-    from triton_bnlstm import _base
+    from triton_bnlstm import resolved
 
     calls = []
-    real = _base.resolve_statistics
-    monkeypatch.setattr(_base, "resolve_statistics", lambda s: calls.append(1) or real(s))
+    real = resolved.resolve_statistics
+    monkeypatch.setattr(resolved, "resolve_statistics", lambda s: calls.append(1) or real(s))
     layer = make_layer().eval()
     x = torch.randn(4, 2, 3).double()
     with torch.inference_mode():
