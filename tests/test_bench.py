@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from bench import data, output, training
 from bench.__main__ import main
+from tests.support import need_kernels
 
 CPU = torch.device("cpu")
 
@@ -304,3 +306,15 @@ def test_out_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["--device", "cpu", "--out", str(tmp_path / "taken")])
     assert "--out" in capsys.readouterr().err
+
+
+def test_the_host_time_of_a_call():
+    """Every row is there, and what a call costs is more than what stands around it."""
+    need_kernels()
+    from bench import call_overhead
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # kernels that are not launched leave memory as it is, which may be NaN
+        found = call_overhead.measure(1, "cuda" if torch.cuda.is_available() else "cpu")
+    assert len(found) == 6
+    assert 0 < found["an eager call around the layer itself"] < found["layer, training forward"]

@@ -307,3 +307,28 @@ def test_nothing_is_left_of_a_layer_on_the_device():
         assert torch.cuda.memory_allocated() == before
     finally:
         gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore")  # dynamo's and inductor's own
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("kind", ["equal", "ragged"])
+def test_compiled_steps_are_eager_steps(mode, kind):
+    """Also where inductor puts the operators into CUDA graphs of its own."""
+    torch._dynamo.reset()
+    eager = real_layer(COLUMNS, HIDDEN)
+    twin = copy.deepcopy(eager)
+    run = torch.compile(twin, fullgraph=True, mode=mode)
+    for k in range(5):
+        torch.manual_seed(k)
+        x = torch.randn(STEPS, BATCH, COLUMNS, device="cuda")
+        lengths = torch.randint(1, STEPS + 1, (BATCH,), device="cuda") if kind == "ragged" else None
+        torch.compiler.cudagraph_mark_step_begin()
+        eager.zero_grad(), twin.zero_grad()
+        expected, found = eager(x, lengths=lengths)[0], run(x, lengths=lengths)[0]
+        expected.square().mean().backward(), found.square().mean().backward()
+        # the same kernels and products; what stands around them may be added up in another order, in float32
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        for mine, theirs in zip(twin.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+    for name, buffer in buffers(eager).items():
+        torch.testing.assert_close(buffers(twin)[name], buffer, rtol=1e-4, atol=1e-5, msg=name)
