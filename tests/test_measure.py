@@ -429,19 +429,19 @@ def test_lengths_on_a_device_give_the_same(monkeypatch):
 
 
 def test_evaluation_resolves_its_population_once(monkeypatch):
-    from triton_bnlstm import _base
+    from triton_bnlstm import resolved
 
-    resolved = []
-    real = _base.resolve_statistics
-    monkeypatch.setattr(_base, "resolve_statistics", lambda statistics: (resolved.append(1), real(statistics))[1])
+    looked = []
+    real = resolved.resolve_statistics
+    monkeypatch.setattr(resolved, "resolve_statistics", lambda statistics: (looked.append(1), real(statistics))[1])
     problem = Problem(CASE, CPU)
     model = providers.reference(problem)
-    resolved.clear()
+    looked.clear()
     for _ in range(3):
         with torch.no_grad():
             model.call(problem.x, False)
         model.call(problem.x, True)
-    assert len(resolved) == 1
+    assert len(looked) == 1
 
 
 # Importing

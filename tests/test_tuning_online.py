@@ -394,7 +394,7 @@ def test_what_is_saved_is_what_was_found_faster(monkeypatch):
 
     saved = []
     train = fused.train
-    monkeypatch.setattr(fused, "train", lambda calls, save: saved.append(save) or train(calls, save))
+    monkeypatch.setattr(fused, "train", lambda calls, save, **kw: saved.append(save) or train(calls, save, **kw))
     layer = BNLSTM(2, 5, max_length=4, backend="triton", save="auto")
     x = torch.randn(3, 4, 2)
     layer(x)

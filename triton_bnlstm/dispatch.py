@@ -110,6 +110,7 @@ def run(calls: list[Call], backend: str | None, save: str = "preactivations", au
         RuntimeError: backend="triton", and the kernels cannot run this.
     """
     requested = requested_backend(backend)
+    requested_autotune(autotune)  # an error of the reference path, too: no typo waits for the kernels
     if for_kernels(calls, requested):
         fused = importlib.import_module("triton_bnlstm.fused")
         try:
