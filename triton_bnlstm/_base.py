@@ -343,11 +343,13 @@ class BNLSTMBase(Grouped):
         return Pass(x, torch.stack(h_n), torch.stack(c_n), moments)
 
     def _leaves_compiled_code(self) -> bool:
-        """Whether a compiler must leave this call as it is: what ranks tell each other has no place in its graph.
+        """Whether a compiler must leave this call as it is: for a transform, or for what ranks tell each other.
 
         Raises:
             RuntimeError: the call is being exported.
         """
+        if traced.in_transform():
+            return True
         if not torch.compiler.is_compiling() or not self.training or self.process_group is None:
             return False
         if torch.compiler.is_exporting():

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from . import checks, plain, traced
 from ._base import BNLSTMBase, States
@@ -161,4 +160,4 @@ class BNLSTMCell(BNLSTMBase):
         return shown if self.process_group is None else f"{shown}, process_group={self._group!r}"
 
 
-_forward_uncompiled = _disable_dynamo(BNLSTMCell.forward)
+_forward_uncompiled = traced.uncompiled(BNLSTMCell.forward)

@@ -125,6 +125,23 @@ def bn_lstm(
         TypeError, ValueError: an argument is wrong; the message names it.
         RuntimeError: the backend cannot run here.
     """
+    if traced.in_transform():
+        return _uncompiled(
+            input,
+            parameters,
+            statistics,
+            hx=hx,
+            lengths=lengths,
+            training=training,
+            start=start,
+            reverse=reverse,
+            input_stats=input_stats,
+            prior_count=prior_count,
+            eps=eps,
+            save=save,
+            backend=backend,
+            autotune=autotune,
+        )
     if not isinstance(parameters, Parameters):
         raise TypeError(f"parameters must be Parameters, got {type(parameters).__name__}")
     if not isinstance(statistics, Statistics):
@@ -175,6 +192,9 @@ def bn_lstm(
     rows, h_n, c_n, moments = run([call], backend, save, autotune)[0]
     rows = rows.index_select(0, packing.mirror) if reverse else rows
     return Result(from_rows(rows, packing, input, False), packing.unseat(h_n), packing.unseat(c_n), moments)
+
+
+_uncompiled = traced.uncompiled(bn_lstm)
 
 
 def _traced(

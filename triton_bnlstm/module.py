@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, functional, plain, traced
@@ -433,4 +432,4 @@ class BNLSTM(BNLSTMBase):
 
 
 # Lazily: importing torch._dynamo takes a second, which nobody should pay who does not compile.
-_forward_uncompiled = _disable_dynamo(BNLSTM.forward)
+_forward_uncompiled = traced.uncompiled(BNLSTM.forward)

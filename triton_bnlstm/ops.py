@@ -19,6 +19,7 @@ from .precision import without_autocast
 from .recompute import in_backward
 from .resolved import resolved_statistics
 from .statistics import Moments, Statistics, population_at_steps, population_with_phantoms, update_statistics_
+from .transforms import have_tangents
 
 _SETTING = (
     "SymInt steps, bool rows, bool bias, bool cell_norm, bool over_time, bool frozen, bool reverse, float eps, "
@@ -41,6 +42,30 @@ def statistics_of_list(tensors: list[Tensor], *, cell_norm: bool) -> list[Statis
 def list_of_statistics(found: list[Statistics]) -> list[Tensor]:
     """The other way round; all have the same `rows`."""
     return [found[0].rows, *(s for own in found for norm in own[:3] if norm is not None for s in norm)]
+
+
+_NO_FORWARD_MODE = (
+    "forward-mode derivatives (jvp, dual_level) of a compiled or exported BN-LSTM: there are none; call the layer "
+    'uncompiled, with backend="reference"'
+)
+_NO_TRANSFORMS = (
+    "torch.func (grad, vjp, jvp, vmap, ...) of a compiled or exported BN-LSTM: its operators do not go through "
+    'transforms; call the layer uncompiled, with backend="reference"'
+)
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    """An operator is called without its autograd where nothing requires a gradient: tangents would end there unseen."""
+    if have_tangents(tensors):
+        raise RuntimeError(_NO_FORWARD_MODE)
+
+
+def _refuse_transforms(*_: Any, **__: Any) -> Any:
+    """For PyTorch's dispatcher, in place of what it does with any operator beneath a transform.
+
+    jvp would unwrap the arguments, lose their tangents, and take the derivative for zero.
+    """
+    raise RuntimeError(_NO_TRANSFORMS)
 
 
 # What normalises from outside the batch
@@ -133,6 +158,7 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """All directions of one layer; see `sequence.forward`."""
     *setting, keep = scalars
+    _refuse_tangents(x, h_0, c_0, *parameters)
     with without_autocast(x):
         s = Setting(*setting)
         output, h_n, c_n, moments, kept = sequence.forward(x, lengths, h_0, c_0, parameters, population, s, keep=keep)
@@ -189,6 +215,7 @@ def layer_backward(
     """Gradients of those of x, h_0, c_0 and the parameters that are needed; see `sequence.backward`."""
     *setting, kept, needed = rest
     given = d_output, d_h_n, d_c_n
+    _refuse_tangents(*(s for s in (*given, x, h_0, c_0, *parameters) if s is not None))
     with without_autocast(x):
         found = sequence.backward(
             given, x, lengths, h_0, c_0, parameters, population, kept, Setting(*setting), list(needed)
@@ -252,6 +279,11 @@ def _no_second_derivative(ctx: Any, *_: Any) -> Any:
 
 
 layer_backward.register_autograd(_no_second_derivative)
+
+
+_beneath_transforms = torch.library.Library("triton_bnlstm", "FRAGMENT")
+for _name in ("layer", "layer_backward"):
+    _beneath_transforms.impl(_name, _refuse_transforms, "FuncTorchDynamicLayerFrontMode")
 
 
 # Statistics

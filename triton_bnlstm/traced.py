@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -16,9 +18,51 @@ from .kept import list_of_parameters, moments_of_list
 from .precision import compute_dtype, in_dtype, in_input_dtype
 from .reference import Parameters
 from .statistics import Statistics
+from .transforms import forward_mode, transformed
 
 if TYPE_CHECKING:
     from ._base import BNLSTMBase, States
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Operators have a backward for autograd, and no more: forward mode would take their derivative for zero.
+NO_TRANSFORMS = (
+    "torch.func (grad, vjp, jvp, vmap, ...) and forward-mode derivatives of an exported BN-LSTM: its operators do not "
+    "go through them"
+)
+# What a compiler says where it may not step back from a graph.
+UNCOMPILED = (
+    "a compiled BN-LSTM goes through no transform of torch.func (grad, vjp, jvp, vmap, ...), has no forward-mode "
+    "derivatives, and meets no other ranks (process_group, in training): such a call is made uncompiled, which "
+    "fullgraph=True does not allow"
+)
+
+
+def in_transform() -> bool:
+    """Whether a compiler traces a transform of torch.func, or within a level of forward mode: not a call to trace.
+
+    Raises:
+        RuntimeError: the call is being exported.
+    """
+    if not torch.compiler.is_compiling() or not (transformed() or forward_mode()):
+        return False
+    if torch.compiler.is_exporting():
+        raise RuntimeError(NO_TRANSFORMS)
+    return True
+
+
+def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, left alone by compilers with all that it calls; they give `UNCOMPILED` for a reason."""
+    left_alone = _disable_dynamo(function)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return left_alone(*args, **kwargs)
+
+    # What torch.compiler.disable sets, too; to call that here would import the compiler with the library.
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    call._torchdynamo_disable_msg = UNCOMPILED  # type: ignore[attr-defined]
+    return call
 
 
 def asked_for(input: Tensor | PackedSequence) -> bool:

@@ -12,15 +12,23 @@ _functorch = torch._C._functorch
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func (grad, vjp, jvp, vmap, functionalize, …) runs this code, and not a compiler."""
-    return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
+    """Whether a transform of torch.func (grad, vjp, jvp, vmap, …) runs this code, or is traced with it."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+# A compiler is to ask this while it traces, and not to look into it: it takes an empty stack for an object. What
+# torch.compiler.assume_constant_result does, which imports the whole compiler for it; graphs are guarded by the stack.
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def forward_mode() -> bool:
+    """Whether there is a `dual_level`, or a jvp, in which tensors may have tangents."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def have_tangents(tensors: Iterable[Tensor | None]) -> bool:
     """Whether forward-mode derivatives go through any of these."""
-    if getattr(forward_ad, "_current_level", -1) < 0:
-        return False
-    return any(s is not None and forward_ad.unpack_dual(s).tangent is not None for s in tensors)
+    return forward_mode() and any(s is not None and forward_ad.unpack_dual(s).tangent is not None for s in tensors)
 
 
 def batched(tensor: Tensor | None) -> bool:
