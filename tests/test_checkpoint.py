@@ -101,6 +101,89 @@ def backward_of(loss, leaf):
     return leaf.grad
 
 
+def standardised(x):
+    """Each sequence over its own steps, as speech often is: sums over the rows are nought for all."""
+    done = torch.zeros_like(x)
+    for b, length in enumerate(RAGGED):
+        own = x[:length, b]
+        done[:length, b] = own - own.mean(0) if length > 1 else 0.0
+    return done
+
+
+PAIRS = {
+    "far from nought": lambda: [torch.randn(6, 4, 3).double() + 100 for _ in range(2)],
+    "standardised": lambda: [standardised(torch.randn(6, 4, 3).double()) for _ in range(2)],
+    "the same": lambda: [torch.randn(6, 4, 3).double()] * 2,
+    "in another order": lambda: [(x := torch.randn(6, 4, 3).double()), x.flip(2).roll(1, 1)],
+    "at another position": lambda: [torch.randn(6, 4, 3).double()] * 2,
+}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_two_batches_wait_for_backwards_of_their_own(pair, first, use_reentrant):
+    """Gradients are accumulated, or a pipeline runs: each is run again with what itself took from the population."""
+    batches, results = PAIRS[pair](), []
+    starts = [0, 3] if pair == "at another position" else [0, 0]
+    for mode in (None, use_reentrant):
+        layer = make_layer(seen=False, cell_norm=True)
+        leaves, losses = [x.clone().requires_grad_() for x in batches], []
+        for leaf, start in zip(leaves, starts, strict=True):
+
+            def one(z, start=start, layer=layer):
+                return layer(z, lengths=RAGGED, start=start)[0]
+
+            y = one(leaf) if mode is None else checkpoint(one, leaf, use_reentrant=mode)
+            losses.append(y.square().sum())
+        for k in (first, 1 - first):
+            losses[k].backward()
+        results.append([leaf.grad for leaf in leaves])
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("separate", [False, True])
+def test_one_checkpoint_around_two_calls_on_the_same_batch(separate, use_reentrant):
+    """It runs them again in their order, and two of such come in any."""
+    x, results = torch.randn(6, 4, 3).double(), []
+    for mode in (None, use_reentrant):
+        layer = make_layer(seen=False, cell_norm=True)
+        leaves, losses = [x.clone().requires_grad_() for _ in range(2)], []
+        for leaf in leaves:
+
+            def both(z, layer=layer):
+                return layer(z, lengths=RAGGED)[0] + 3 * layer(z, lengths=RAGGED)[0].sin()
+
+            y = both(leaf) if mode is None else checkpoint(both, leaf, use_reentrant=mode)
+            losses.append(y.square().sum())
+        for loss in losses if separate else [losses[0] + 2 * losses[1]]:
+            loss.backward()
+        results.append([leaf.grad for leaf in leaves])
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_an_input_that_is_not_quite_the_same_again():
+    """What comes before the layer may be rounded otherwise the second time, or summed in another order."""
+    layer, noise = make_layer(seen=False), [0.0, 1e-4, 0.0, 1e-4]
+    leaves = [torch.randn(6, 4, 3).double().requires_grad_() for _ in range(2)]
+    twin = make_layer(seen=False)
+    wanted = [torch.autograd.grad(twin(leaf, lengths=RAGGED)[0].square().sum(), leaf)[0] for leaf in leaves]
+    runs = []
+
+    def one(z):
+        runs.append(z)
+        return layer(z + noise[len(runs) % 4], lengths=RAGGED)[0]
+
+    losses = [checkpoint(one, leaf, use_reentrant=False).square().sum() for leaf in leaves]
+    for loss, leaf, expected in zip(losses, leaves, wanted, strict=True):
+        loss.backward()
+        # noise of 1e-4, times a slope of order one; another call's population is 1e-1 away
+        torch.testing.assert_close(leaf.grad, expected, rtol=1e-2, atol=5e-3)
+
+
 def test_too_many_reentrant_calls_at_a_time_are_refused():
     layer = make_layer()
     total = sum(

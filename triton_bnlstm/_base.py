@@ -16,7 +16,7 @@ from .dispatch import run
 from .distributed import Grouped, Ranks, train_together
 from .packing import Packing
 from .precision import compute_dtype, in_dtype
-from .recompute import Calls, fingerprint, in_backward
+from .recompute import Calls, fingerprint, in_backward, place_in_graph
 from .reference import Call, Parameters, Problem, accumulation_dtype
 from .resolved import forget, resolved_statistics
 from .statistics import (
@@ -408,14 +408,14 @@ class BNLSTMBase(Grouped):
                 return self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
             done = self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
         else:
-            mark = fingerprint(x, packing, hx)
+            mark = fingerprint(x, packing, hx, start)
             if in_backward():
                 populations = self._calls.find(mark)
                 return self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
-            populations = self._batch_populations(whole, start)
+            began, populations = place_in_graph(), self._batch_populations(whole, start)
             done = self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
             if not transformed():  # nor can a checkpoint run again in there
-                self._calls.remember(mark, populations, (done.rows, done.h_n, done.c_n))
+                self._calls.remember(mark, began, populations, (done.rows, done.h_n, done.c_n))
         self._learn(done.moments, whole.batch, start)
         return done
 
