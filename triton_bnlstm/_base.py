@@ -28,7 +28,7 @@ from .statistics import (
     training_population,
     update_statistics_,
 )
-from .transforms import batched, transformed
+from .transforms import batched, exporting, transformed
 from .tuning.mode import MODES as AUTOTUNE_MODES
 
 if TYPE_CHECKING:
@@ -352,7 +352,7 @@ class BNLSTMBase(Grouped):
             return True
         if not torch.compiler.is_compiling() or not self.training or self.process_group is None:
             return False
-        if torch.compiler.is_exporting():
+        if exporting():
             raise RuntimeError("process_group: training on the rows of all ranks cannot be exported; call eval()")
         return True
 

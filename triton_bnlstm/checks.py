@@ -77,7 +77,15 @@ def tensor(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> None:
 
 def autocast_is_on(kind: str) -> bool:
     """On devices of this kind; some know no autocast."""
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return _knows_autocast(kind) and torch.is_autocast_enabled(kind)
+
+
+def _knows_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
+# Answered while a compiler traces, not looked into: that of torch 2.11 cannot. See `transforms`.
+_knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def same_kind(name: str, value: Tensor, like: Tensor) -> None:

@@ -18,7 +18,7 @@ from .kept import list_of_parameters, moments_of_list
 from .precision import compute_dtype, in_dtype, in_input_dtype
 from .reference import Parameters
 from .statistics import Statistics
-from .transforms import forward_mode, transformed
+from .transforms import exporting, forward_mode, transformed
 
 if TYPE_CHECKING:
     from ._base import BNLSTMBase, States
@@ -47,7 +47,7 @@ def in_transform() -> bool:
     """
     if not torch.compiler.is_compiling() or not (transformed() or forward_mode()):
         return False
-    if torch.compiler.is_exporting():
+    if exporting():
         raise RuntimeError(NO_TRANSFORMS)
     return True
 
@@ -185,7 +185,7 @@ def _layer(
 
 def _keeps(tensors: list[Tensor], training: bool) -> bool:
     """Whether there will be a backward; an exported evaluation has none."""
-    if not training and torch.compiler.is_exporting():
+    if not training and exporting():
         return False
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 

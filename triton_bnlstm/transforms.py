@@ -1,4 +1,4 @@
-"""Questions to torch.func and forward-mode differentiation: whether they are at work, and on which tensors."""
+"""Questions to PyTorch: which transforms, forward-mode derivatives and exporters are at work, and on which tensors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,16 @@ def transformed() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
-# A compiler is to ask this while it traces, and not to look into it: it takes an empty stack for an object. What
-# torch.compiler.assume_constant_result does, which imports the whole compiler for it; graphs are guarded by the stack.
+def exporting() -> bool:
+    """Whether this call is recorded by torch.export."""
+    return torch.compiler.is_exporting()
+
+
+# A compiler is to ask these while it traces, and not to look into them: it takes an empty stack for an object, and that
+# of torch 2.11 says that it exports whenever it compiles. What torch.compiler.assume_constant_result does, which
+# imports the whole compiler for it; graphs are guarded by the stack.
 transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forward_mode() -> bool:
