@@ -246,8 +246,7 @@ class BNLSTMBase(Grouped):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        errors = args[-1]
-        state.prepare(self, self._all_suffixes(), self.max_length, state_dict, prefix, local_metadata, errors)
+        state.prepare(self, self._all_suffixes(), self.max_length, state_dict, prefix, local_metadata)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if local_metadata.get("assign_to_params_buffers", False):  # tools that halve all floats halve statistics too
             for name, buffer in self.named_buffers(recurse=False):

@@ -45,7 +45,6 @@ def prepare(
     state_dict: dict[str, Any],
     prefix: str,
     metadata: dict[str, Any],
-    errors: list[str],
 ) -> None:
     """Before a layer loads: bring its part of a state_dict, in place, to the format of this code.
 
@@ -55,16 +54,17 @@ def prepare(
         max_length: its slots.
         state_dict, prefix: what it loads, and what its names begin with there.
         metadata: of the layer, as torch has saved it; its "version" is the number of the format.
-        errors: what torch raises at the end of its load_state_dict. With strict=False too, which it does not tell here,
-            it says so if of statistics that make sense only together some are missing.
 
     Raises:
-        RuntimeError: the format is newer than this code.
+        RuntimeError: there is no such format, or it is newer than this code; of statistics that make sense only
+            together some are missing, with strict=False too.
         ValueError: the statistics have another number of slots.
     """
     called = prefix.rstrip(".") or type(layer).__name__
     version = metadata.get("version")
     if version is not None:
+        if not isinstance(version, int) or version < 1:
+            raise RuntimeError(f"state_dict: that of {called} has format {version!r}; formats are numbers from 1")
         if version > VERSION:
             raise RuntimeError(
                 f"state_dict: that of {called} has format {version}, and triton_bnlstm {__version__} knows formats up "
@@ -81,24 +81,31 @@ def prepare(
                 f"set_max_length({saved.shape[0]}) on it, load the state_dict, then call "
                 f"set_max_length({max_length})"
             )
-    missing = _missing_beside_others(suffixes, state_dict, prefix)
+    missing = _missing_statistics(layer, suffixes, state_dict, prefix)
     if missing:
-        errors.append(
-            f"statistics of {called} are there only in part, and mean nothing so: {', '.join(missing)} missing. Put "
-            "them back, or leave out all mean_*, var_*, count_* and rows and load with strict=False: then the layer "
-            "keeps its own statistics, and estimate_statistics makes those of the weights"
+        raise RuntimeError(
+            f"statistics of {called} are there only in part, and mean nothing so: Missing key(s) in state_dict: "
+            f"{', '.join(missing)}. Put them back, or leave out all mean_*, var_*, count_* and rows and load with "
+            "strict=False: then the layer keeps its own statistics, and estimate_statistics makes those of the weights"
         )
 
 
-def _missing_beside_others(suffixes: Iterable[str], state_dict: dict[str, Any], prefix: str) -> list[str]:
-    """Statistics that others need: means beside a fresh layer's counts would be of slots that have seen nothing."""
-    there, missing = False, []
+def _missing_statistics(
+    layer: nn.Module, suffixes: Iterable[str], state_dict: dict[str, Any], prefix: str
+) -> list[str]:
+    """Statistics that others need: means beside a fresh layer's counts would be of slots that have seen nothing.
+
+    All may be missing, and those of a norm whose parameters are missing as well: it is new to what was saved.
+    """
+    with_parameters = any(f"{prefix}gamma_hh{suffix}" in state_dict for suffix in suffixes)
+    there, missing = f"{prefix}rows" in state_dict, []
     for suffix in suffixes:
         for norm in ("ih", "hh", "c"):
-            names = [f"{prefix}{part}_{norm}{suffix}" for part in _PARTS]
+            names = [f"{prefix}{part}_{norm}{suffix}" for part in _PARTS if hasattr(layer, f"{part}_{norm}{suffix}")]
             lacking = [name for name in names if name not in state_dict]
             there |= len(lacking) < len(names)
-            missing += lacking if len(lacking) < len(names) else []
-    if there and f"{prefix}rows" not in state_dict:
+            new = with_parameters and f"{prefix}gamma_{norm}{suffix}" not in state_dict
+            missing += lacking if not new or len(lacking) < len(names) else []
+    if f"{prefix}rows" not in state_dict:
         missing.append(f"{prefix}rows")
-    return missing
+    return missing if there else []
