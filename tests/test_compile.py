@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -321,6 +322,27 @@ def test_the_backend_is_the_one_that_is_asked_for(monkeypatch):
     assert compilations() == 2
     layer.backend = "triton"
     run(x)[0].sum().backward()
+    assert noted
+
+
+def test_another_thread_that_leaves_its_context_takes_nothing_away(monkeypatch):
+    need_kernels()
+    run, x = compiled(make_layer(dtype=torch.float32).to(DEVICE)), torch.randn(6, 3, 3, device=DEVICE)
+    noted = launched(monkeypatch)
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with use_backend("reference"):
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait(60)
+    with use_backend("triton"):
+        leave.set()
+        thread.join()
+        run(x)[0].sum().backward()
     assert noted
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 
 import torch
 
@@ -24,29 +25,41 @@ _chosen: ContextVar[str | None] = ContextVar("triton_bnlstm_backend", default=No
 
 
 class _Shown:
-    """What the innermost `use_backend` of any thread says, for torch.compile: it cannot watch a ContextVar."""
+    """What the `use_backend` entered last, of those of all threads, says, for torch.compile.
+
+    It cannot watch a ContextVar, and takes what is in a threading.local for constant.
+    """
 
     backend: str | None = None
 
 
 _shown = _Shown()
+_entered: list[tuple[object, str]] = []
+_entering = Lock()
 
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Within it, layers and functions that name no backend use this one: "auto", "reference" or "triton".
 
+    It is for the thread that it is in. Compiled code does not know threads: where several are in a `use_backend` at a
+    time, it goes by the one entered last. Layers that run compiled in several threads get their `backend=` instead.
+
     Raises:
         TypeError, ValueError: no such backend.
     """
-    before = _chosen.get()
     token = _chosen.set(checks.choice("backend", backend, BACKENDS))
-    _shown.backend = backend
+    own = object()
+    with _entering:
+        _entered.append((own, backend))
+        _shown.backend = backend
     try:
         yield
     finally:
+        with _entering:
+            _entered[:] = [one for one in _entered if one[0] is not own]
+            _shown.backend = _entered[-1][1] if _entered else None
         _chosen.reset(token)
-        _shown.backend = before
 
 
 def requested_backend(argument: str | None) -> str:
