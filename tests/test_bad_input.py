@@ -23,6 +23,12 @@ CALLS = {
     "integers": ((X.long(),), {}, TypeError, "input has dtype torch.int64"),
     "device": ((X.to("meta"),), {}, ValueError, "input is on meta"),
     "type": (([[1.0]],), {}, TypeError, "input must be a tensor"),
+    "nested": (
+        (torch.nested.nested_tensor([X[:, 0], X[:3, 1]], layout=torch.jagged),),
+        {},
+        TypeError,
+        "input: a nested tensor is not taken",
+    ),
     "T = 0": ((X[:0],), {}, ValueError, r"input has no time steps \(T = 0\)"),
     "B = 0": ((X[:, :0],), {}, ValueError, r"input has an empty batch \(B = 0\)"),
     "B = 1": ((X[:, :1],), {}, ValueError, "at least 2 sequences.*one row has none"),

@@ -89,8 +89,9 @@ def test_bad_input():
         (lambda: cell([1.0]), TypeError, "input"),
         (lambda: cell(x.double()), TypeError, "input"),
         (lambda: cell(x, time=-1), ValueError, "time"),
+        (lambda: cell(x, (torch.zeros(2, 4), torch.zeros(2, 4))), ValueError, "time: give the index"),
         (lambda: cell(x, time=1.5), TypeError, "time"),
-        (lambda: cell(x, (torch.zeros(2, 4), torch.zeros(2, 5))), ValueError, "hx"),
+        (lambda: cell(x, (torch.zeros(2, 4), torch.zeros(2, 5)), 0), ValueError, "hx"),
         (lambda: cell(x[0]), ValueError, "at least 2"),
     ):
         with pytest.raises(error, match=name):

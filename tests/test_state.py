@@ -103,6 +103,16 @@ def test_keys_are_torchs_to_tell():
         make_layer(3, 5).load_state_dict(plain(layer))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_lstms_state_is_told_from_its_own(strict):
+    layer = make_layer(dtype=torch.float32)
+    before = plain(layer)
+    with pytest.raises(RuntimeError, match=r"state_dict: that of rnn is an nn.LSTM's.*from_lstm"):
+        nn.ModuleDict({"rnn": layer}).load_state_dict(nn.ModuleDict({"rnn": nn.LSTM(3, 4)}).state_dict(), strict=strict)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 # Only a part
 
 

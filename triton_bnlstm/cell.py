@@ -29,10 +29,11 @@ class BNLSTMCell(BNLSTMBase):
         input_size, hidden_size, bias, max_length, cell_norm, input_stats, gamma_init, eps, momentum, recurrent_init,
             forget_bias, backend, process_group, device, dtype: as for `BNLSTM`.
 
-    Inputs: input, hx=None, time=0
+    Inputs: input, hx=None, time=None
         * **input**: [B, D], or [D] unbatched.
         * **hx**: (h, c), each [B, H] (unbatched: [H]); zeros when None.
-        * **time**: index of this step, counted from 0: the slot of its statistics.
+        * **time**: index of this step, counted from 0: the slot of its statistics. None is 0, and an error where hx
+          is given, as it is from the second step on: all steps would be normalised as the first.
 
     Outputs: (h, c), each [B, H] (unbatched: [H])
 
@@ -118,8 +119,12 @@ class BNLSTMCell(BNLSTMBase):
         cell.train(layer.training)
         return cell
 
-    def forward(self, input: Tensor, hx: States | None = None, time: int = 0) -> States:
+    def forward(self, input: Tensor, hx: States | None = None, time: int | None = None) -> States:
         """See the class."""
+        if time is None:
+            if hx is not None and self.max_length > 1:
+                raise ValueError("time: give the index of this step, time=t from 0 on: each has statistics of its own")
+            time = 0
         if self._leaves_compiled_code():
             return _forward_uncompiled(self, input, hx, time)
         like = self._like()

@@ -111,6 +111,8 @@ def rows_of_input(value: Any, input_size: int, batch_first: bool, like: Tensor, 
             raise ValueError(f"input: a PackedSequence must hold [rows, features], got {tuple(data.shape)}")
     elif isinstance(value, Tensor):
         data = value
+        if data.is_nested:
+            raise TypeError("input: a nested tensor is not taken; give it padded, with lengths, or a PackedSequence")
         if data.dim() not in (2, 3):
             raise ValueError(f"input must be 3-D, or 2-D when unbatched, got {tuple(data.shape)}")
         time = 1 if batch_first and data.dim() == 3 else 0

@@ -125,7 +125,7 @@ def bn_lstm(
         TypeError, ValueError: an argument is wrong; the message names it.
         RuntimeError: the backend cannot run here.
     """
-    if traced.in_transform():
+    if traced.in_transform() or traced.hides_batch(input, hx):
         return _uncompiled(
             input,
             parameters,

@@ -206,7 +206,7 @@ class BNLSTM(BNLSTMBase):
         """See the class."""
         if plain.requested():
             return plain.run_layer(self, input, hx, lengths, start)
-        if self._leaves_compiled_code():
+        if self._leaves_compiled_code() or traced.hides_batch(input, hx):
             return _forward_uncompiled(self, cast(Any, input), hx, lengths, start)
         like = self._like()
         together = self._group_to_meet() is not None

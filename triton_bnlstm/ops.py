@@ -71,9 +71,10 @@ def _refuse_transforms(*_: Any, **__: Any) -> Any:
 # What normalises from outside the batch
 
 _RECOMPUTED = (
-    "a checkpoint runs a compiled BN-LSTM again that was trained on unequal lengths, and the population that took its "
-    "vacated seats has moved on. Leave the layer out of what is checkpointed, or out of what is compiled "
-    "(torch.compiler.disable): uncompiled it finds the population as it was. prior_count=0 takes nothing from it"
+    "a backward runs a compiled BN-LSTM again that was trained on unequal lengths (a checkpoint around it, or a "
+    "compiler that saves memory, as with activation_memory_budget below 1), and the population that took its vacated "
+    "seats has moved on. Leave the layer out of what is run again, or out of what is compiled (torch.compiler.disable): "
+    "uncompiled it finds the population as it was. prior_count=0 takes nothing from it"
 )
 
 

@@ -56,8 +56,8 @@ def prepare(
         metadata: of the layer, as torch has saved it; its "version" is the number of the format.
 
     Raises:
-        RuntimeError: there is no such format, or it is newer than this code; of statistics that make sense only
-            together some are missing, with strict=False too.
+        RuntimeError: it is an nn.LSTM's; there is no such format, or it is newer than this code; of statistics that make
+            sense only together some are missing, with strict=False too.
         ValueError: the statistics have another number of slots.
     """
     called = prefix.rstrip(".") or type(layer).__name__
@@ -73,6 +73,11 @@ def prepare(
         for older in range(version, VERSION):
             MIGRATIONS[older](state_dict, prefix, layer)
     for suffix in suffixes:
+        if f"{prefix}bias_ih{suffix}" in state_dict:
+            raise RuntimeError(
+                f"state_dict: that of {called} is an nn.LSTM's; load it into one, and make the layer of it with "
+                "BNLSTM.from_lstm"
+            )
         saved = state_dict.get(f"{prefix}mean_hh{suffix}")
         if isinstance(saved, Tensor) and saved.dim() == 2 and saved.shape[0] != max_length:
             raise ValueError(

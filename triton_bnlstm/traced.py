@@ -34,8 +34,9 @@ NO_TRANSFORMS = (
 # What a compiler says where it may not step back from a graph.
 UNCOMPILED = (
     "a compiled BN-LSTM goes through no transform of torch.func (grad, vjp, jvp, vmap, ...), has no forward-mode "
-    "derivatives, and meets no other ranks (process_group, in training): such a call is made uncompiled, which "
-    "fullgraph=True does not allow"
+    "derivatives, meets no other ranks (process_group, in training), and cannot see how many sequences a "
+    "PackedSequence holds that does not say it (pack with enforce_sorted=False, or give hx, or a tensor and lengths): "
+    "such a call is made uncompiled, which fullgraph=True does not allow"
 )
 
 
@@ -50,6 +51,13 @@ def in_transform() -> bool:
     if exporting():
         raise RuntimeError(NO_TRANSFORMS)
     return True
+
+
+def hides_batch(input: object, hx: object) -> bool:
+    """Whether a compiler cannot see how many sequences a PackedSequence holds: an exporter has to, and is told so."""
+    if not isinstance(input, PackedSequence) or input.sorted_indices is not None or hx is not None:
+        return False
+    return torch.compiler.is_compiling() and not exporting()
 
 
 def uncompiled(function: Callable[P, T]) -> Callable[P, T]:

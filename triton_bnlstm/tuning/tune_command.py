@@ -22,8 +22,8 @@ from .tuner import Tell, nobody
 from .work import Key, Work, in_words
 
 _FLOAT32 = (
-    "hint: layers whose parameters are float32 compute so, also under autocast; "
-    'with torch.set_float32_matmul_precision("high") tune --dtype tf32'
+    "hint: float32 parameters compute in float32 without autocast; for training under torch.autocast tune "
+    '--dtype bf16 or fp16, with torch.set_float32_matmul_precision("high") --dtype tf32'
 )
 
 
