@@ -73,8 +73,8 @@ def _refuse_transforms(*_: Any, **__: Any) -> Any:
 _RECOMPUTED = (
     "a backward runs a compiled BN-LSTM again that was trained on unequal lengths (a checkpoint around it, or a "
     "compiler that saves memory, as with activation_memory_budget below 1), and the population that took its vacated "
-    "seats has moved on. Leave the layer out of what is run again, or out of what is compiled (torch.compiler.disable): "
-    "uncompiled it finds the population as it was. prior_count=0 takes nothing from it"
+    "seats has moved on. Leave the layer out of what is run again, or out of what is compiled "
+    "(torch.compiler.disable): uncompiled it finds the population as it was. prior_count=0 takes nothing from it"
 )
 
 

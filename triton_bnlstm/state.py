@@ -56,8 +56,8 @@ def prepare(
         metadata: of the layer, as torch has saved it; its "version" is the number of the format.
 
     Raises:
-        RuntimeError: it is an nn.LSTM's; there is no such format, or it is newer than this code; of statistics that make
-            sense only together some are missing, with strict=False too.
+        RuntimeError: it is an nn.LSTM's; there is no such format, or it is newer than this code; of statistics that
+            make sense only together some are missing, with strict=False too.
         ValueError: the statistics have another number of slots.
     """
     called = prefix.rstrip(".") or type(layer).__name__
