@@ -127,6 +127,13 @@ def test_vmap_over_data_in_evaluation():
         close(vmap(lambda y: layer(y)[0])(x)[0], output[0])
 
 
+def test_vmap_over_lengths_is_refused():
+    layer = make_layer().eval()
+    x, lengths = torch.randn(2, 6, 3, 3).double(), torch.tensor([RAGGED, [1, 2, 3]])
+    with pytest.raises(RuntimeError, match="lengths: vmap cannot go over them"):
+        vmap(lambda y, n: layer(y, lengths=n)[0])(x, lengths)
+
+
 @pytest.mark.parametrize(
     "call",
     [

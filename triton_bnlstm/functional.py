@@ -15,6 +15,7 @@ from .packing import Packing
 from .precision import compute_dtype, in_dtype, in_input_dtype
 from .reference import Call, Parameters, Problem, accumulation_dtype
 from .statistics import Population, Statistics, population_at_steps, resolve_statistics, training_population
+from .transforms import batched
 from .tuning.mode import MODES as AUTOTUNE_MODES
 
 INPUT_STATS = ("time", "sequence")
@@ -235,6 +236,8 @@ def check_lengths(
         return None
     if isinstance(input, PackedSequence):
         raise ValueError("lengths: a PackedSequence has its own lengths")
+    if isinstance(lengths, Tensor) and batched(lengths):
+        raise RuntimeError("lengths: vmap cannot go over them, since rows are sorted by them on the host")
     time = 1 if batch_first and input.dim() == 3 else 0
     return checks.lengths_of_batch(lengths, input.shape[time], batch_of(input, batch_first), input.device)
 
