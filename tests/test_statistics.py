@@ -130,7 +130,8 @@ def test_a_step_that_is_not_finite_leaves_all_statistics(where):
     with pytest.warns(RuntimeWarning, match="not finite"):
         output, _ = layer(x)
     layer(x)  # one warning, not one per step: another would be an error here
-    layer.eval()
+    with pytest.warns(RuntimeWarning, match="2 training step"):
+        layer.eval()
     layer.state_dict()
     after = buffers(layer)
     assert after.pop("_skipped_steps") == 2
@@ -138,6 +139,15 @@ def test_a_step_that_is_not_finite_leaves_all_statistics(where):
     assert_same_buffers(before, after)
     if where == "first step":  # the NaN itself flows on, as through nn.LSTM
         assert output.isnan().any()
+
+
+def test_steps_that_are_not_finite_are_told_again_when_they_are_many():
+    layer, x = make_layer(), torch.full((2, 2, 3), float("nan")).double()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(120):
+            layer(x)
+    assert [str(one.message).split()[0] for one in told] == ["1", "10", "100"]
 
 
 def test_reset_statistics_forgets_everything():
@@ -169,7 +179,7 @@ def test_skipped_steps_are_told_at_eval_where_they_were_not_before():
     layer._skipped_steps += 2
     with pytest.warns(RuntimeWarning, match="2 training step"):
         layer.eval()
-    layer._skip_told = False
+    layer._skips_told = 0
     layer.load_state_dict(make_layer().state_dict())
     layer.train().eval()
 

@@ -14,6 +14,7 @@ from . import checks, functional, kept, ops, state, traced
 from .backend import BACKENDS, SAVE_CHOICES, requested_backend
 from .dispatch import run
 from .distributed import Grouped, Ranks, train_together
+from .initial import initialise_
 from .packing import Packing
 from .precision import compute_dtype, in_dtype
 from .recompute import Calls, fingerprint, in_backward, place_in_graph
@@ -179,25 +180,9 @@ class BNLSTMBase(Grouped):
 
     def reset_parameters(self) -> None:
         """Initial values: γ = gamma_init, β = 0, orthogonal (or identity) recurrent weights per gate, forget bias."""
-        hidden = self.hidden_size
-        with torch.no_grad():
-            for suffix in self._all_suffixes():
-                p = self._parameters_of(suffix)
-                for gate in p.weight_ih.split(hidden):
-                    _orthogonal_(gate)
-                for gate in p.weight_hh.split(hidden):
-                    if self.recurrent_init == "orthogonal":
-                        _orthogonal_(gate)
-                    else:
-                        nn.init.eye_(gate)
-                p.gamma_ih.fill_(self.gamma_init)
-                p.gamma_hh.fill_(self.gamma_init)
-                if p.bias is not None:
-                    p.bias.zero_()
-                    p.bias[hidden : 2 * hidden] = self.forget_bias
-                if p.gamma_c is not None and p.beta_c is not None:
-                    p.gamma_c.fill_(self.gamma_init)
-                    p.beta_c.zero_()
+        for suffix in self._all_suffixes():
+            parameters = self._parameters_of(suffix)
+            initialise_(parameters, self.gamma_init, self.forget_bias, orthogonal=self.recurrent_init == "orthogonal")
         self.reset_statistics()
 
     def reset_statistics(self) -> None:
@@ -211,7 +196,7 @@ class BNLSTMBase(Grouped):
                         moments.count.zero_()
             self.rows.zero_()
             self._skipped_steps.zero_()
-        self._skip_told = False
+        self._skips_told = 0
 
     def set_max_length(self, max_length: int) -> None:
         """Change the number of slots, for a longer or shorter memory of positions than the layer was built with.
@@ -273,7 +258,7 @@ class BNLSTMBase(Grouped):
         self._calls = Calls()
         self._asked_for: str | None = None
         self._intercept: Callable[[Tensor, Packing, States | None, int], Pass] | None = None
-        self._skip_told = False
+        self._skips_told = 0
 
     def __getstate__(self) -> dict[str, Any]:
         transient = ("_calls", "_asked_for", "_intercept")
@@ -281,9 +266,9 @@ class BNLSTMBase(Grouped):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        told = self._skip_told
+        told = self._skips_told
         self._forget_the_moment()
-        self._skip_told = told
+        self._skips_told = told
 
     # One pass over all layers and directions
 
@@ -433,23 +418,18 @@ class BNLSTMBase(Grouped):
         with torch.no_grad():
             self._skipped_steps += ~finite
         if finite.device.type == "cpu":  # elsewhere a look would wait for the device: told later
-            self._tell_skipped_steps()
+            self._tell_skipped_steps(factor=10)
 
-    def _tell_skipped_steps(self) -> None:
-        if self._skip_told or traced.holds_nothing(self._skipped_steps):
+    def _tell_skipped_steps(self, *, factor: int = 1) -> None:
+        """A warning, if there are more than were told, and at least `factor` times as many."""
+        if traced.holds_nothing(self._skipped_steps):
             return
         skipped = int(self._skipped_steps)
-        if skipped:
-            self._skip_told = True
+        if skipped > self._skips_told and skipped >= factor * self._skips_told:
+            self._skips_told = skipped
             warnings.warn(
                 f"{skipped} training step(s) had batch statistics that are not finite; the running statistics were "
                 "left as they were. Look for NaN or infinity in the input, or a diverging loss",
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-
-def _orthogonal_(weight: Tensor) -> None:
-    """`nn.init.orthogonal_` for every dtype: half precisions have no QR decomposition."""
-    if not weight.is_meta:
-        weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=accumulation_dtype(weight.dtype))))
