@@ -66,6 +66,9 @@ def evaluate(
         output [T, B, directions · H], 0 beyond a sequence's length; h_n and c_n [directions, B, H], each sequence's at
         its own last step (second direction: first).
     """
+    # Strides of its own: those of the example would get into the program, where they hold for no other T and B. A copy
+    # even where they look contiguous, as any do with B = 1.
+    x = x.clone(memory_format=torch.contiguous_format)
     batch, hidden = x.shape[1], parameters[0].weight_hh.shape[1]
     time = torch.arange(x.shape[0], device=x.device)
     valid = mirror = None
