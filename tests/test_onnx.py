@@ -27,8 +27,9 @@ EPS = 2.0**-8
 class Exported:
     """A model as onnxruntime runs it, called with what the model is called with."""
 
-    def __init__(self, path, model, args, kwargs=None, dynamic_shapes=None):
-        torch.onnx.export(model, args, path, kwargs=kwargs, dynamic_shapes=dynamic_shapes, dynamo=True, verbose=False)
+    def __init__(self, path, model, args, kwargs=None, dynamic_shapes=None, **options):
+        options |= {"kwargs": kwargs, "dynamic_shapes": dynamic_shapes, "dynamo": True, "verbose": False}
+        torch.onnx.export(model, args, path, **options)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(path, options)
@@ -80,10 +81,11 @@ def test_lengths_time_and_batch_are_free(tmp_path):
     x, lengths = ragged(7, layer.hidden_size)
     shapes = {"input": {0: FREE, 1: FREE}, "lengths": {0: FREE}}
     # First with all sizes fixed: nothing of that may stay behind and fix those of the program that is made next. Dynamo
-    # would leave a guard of it that takes B for H, these being the same.
-    fixed = Exported(tmp_path / "fixed.onnx", layer, (x,), {"lengths": lengths})
+    # would leave a guard of it that takes B for H, these being the same. In an older opset, too.
+    fixed = Exported(tmp_path / "fixed.onnx", layer, (x,), {"lengths": lengths}, opset_version=17)
     assert_same(fixed, layer, x, lengths=lengths, tolerance=SINGLE)
-    exported = Exported(tmp_path / "layer.onnx", layer, (x,), {"lengths": lengths}, shapes)
+    part = torch.cat([x, x], 1)[:, : layer.hidden_size]  # whose strides are those of another B
+    exported = Exported(tmp_path / "layer.onnx", layer, (part,), {"lengths": lengths.repeat(2)[::2]}, shapes)
     for steps, batch in SIZES:
         x, lengths = ragged(steps, batch)
         assert_same(exported, layer, x, lengths=lengths, tolerance=SINGLE)
@@ -94,17 +96,17 @@ def test_lengths_time_and_batch_are_free(tmp_path):
 
 
 def test_every_option_at_once(tmp_path):
-    """Layers, directions, cell norm, batch_first, hx; in double precision."""
+    """Layers, directions, cell norm, batch_first, hx; in double precision, and from an example of one sequence."""
     layer = make_layer(
         num_layers=2, bidirectional=True, cell_norm=True, batch_first=True, bias=False, max_length=2, eps=EPS
     ).eval()
 
     def arguments(steps, batch):
         x, lengths = ragged(steps, batch, True, torch.float64)
-        return x, tuple(torch.randn(4, batch, 4).double() for _ in range(2)), lengths
+        return x, tuple(torch.randn(4, batch + 1, 4).double()[:, 1:] for _ in range(2)), lengths
 
     shapes = {"input": {0: FREE, 1: FREE}, "hx": ({1: FREE}, {1: FREE}), "lengths": {0: FREE}}
-    exported = Exported(tmp_path / "layer.onnx", layer, arguments(7, 5), None, shapes)
+    exported = Exported(tmp_path / "layer.onnx", layer, arguments(7, 1), None, shapes)
     for steps, batch in SIZES:
         assert_same(exported, layer, *arguments(steps, batch), tolerance=CLOSE)
 
@@ -128,30 +130,37 @@ def test_in_a_model_without_lengths(tmp_path):
         assert_same(exported, model, torch.randn(steps, batch, 2), tolerance=SINGLE)
 
 
-def test_chunks_of_an_unbatched_stream_in_half_precision(tmp_path):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_chunks_of_an_unbatched_stream_in_half_precision(tmp_path, autocast):
     """`start` and the states are arguments of the program, so that it can be called chunk by chunk."""
-    layer = make_layer(dtype=torch.float16).eval()
+    layer = make_layer(dtype=torch.float32 if autocast else torch.float16).eval()
+    dtype = layer.weight_hh_l0.dtype
 
     def arguments(steps, start):
-        return torch.randn(steps, 3).half(), tuple(torch.randn(1, 4).half() for _ in range(2)), None, start
+        h, c = torch.randn(2, 1, 4)
+        return torch.randn(steps, 3, dtype=dtype), (h.half().to(dtype), c.to(dtype)), None, start
 
     shapes = {"input": {0: FREE}, "hx": (None, None), "lengths": None, "start": FREE}
-    exported = Exported(tmp_path / "layer.onnx", layer, arguments(4, 2), None, shapes)
     # h is rounded at each step, to 2⁻¹² of numbers below one; over a dozen steps some roundings differ
     tolerance = {"rtol": 2e-3, "atol": 2e-3}
-    for steps, start in ((4, 2), (3, 0), (5, 4), (12, 1), (1, 9)):
-        assert_same(exported, layer, *arguments(steps, start), tolerance=tolerance)
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        exported = Exported(tmp_path / "layer.onnx", layer, arguments(1, 2), None, shapes)
+        for steps, start in ((1, 2), (4, 2), (3, 0), (5, 4), (12, 1), (1, 9)):
+            assert_same(exported, layer, *arguments(steps, start), tolerance=tolerance)
+    *others, start = arguments(1, 0)
+    for mine, theirs in zip(exported(*others, -2), exported(*others, start), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_cell_takes_its_time_as_an_argument(tmp_path):
     cell = BNLSTMCell.from_layer(make_layer(dtype=torch.float32, cell_norm=True).eval())
 
     def arguments(batch, time):
-        return torch.randn(batch, 3), tuple(torch.randn(batch, 4) for _ in range(2)), time
+        return torch.randn(batch, 6)[:, ::2], tuple(torch.randn(4, batch).t() for _ in range(2)), time
 
     shapes = {"input": {0: FREE}, "hx": ({0: FREE}, {0: FREE}), "time": FREE}
-    exported = Exported(tmp_path / "cell.onnx", cell, arguments(5, 3), None, shapes)
-    for batch, time in ((5, 3), (1, 0), (3, 5), (2, 40)):
+    exported = Exported(tmp_path / "cell.onnx", cell, arguments(1, 3), None, shapes)
+    for batch, time in ((1, 3), (5, 3), (1, 0), (3, 5), (2, 40)):
         assert_same(exported, cell, *arguments(batch, time), tolerance=SINGLE)
 
 
@@ -167,30 +176,34 @@ def test_an_lstm_folded_from_equal_slots_agrees(tmp_path):
     assert_same(exported, layer, x, tolerance=SINGLE)
 
 
-def test_bfloat16_without_onnx(monkeypatch):
-    """onnxruntime's CPU has no bfloat16; torch.export keeps the same program and runs it."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_bfloat16_without_onnx(monkeypatch, dtype):
+    """onnxruntime's CPU has no bfloat16; torch.export keeps the same program and runs it. Others under autocast."""
     monkeypatch.setattr(plain, "requested", torch.compiler.is_exporting)
-    layer = make_layer(dtype=torch.bfloat16, bidirectional=True, max_length=3).eval()
-    x, lengths = ragged(4, 2, dtype=torch.bfloat16)
+    layer = make_layer(dtype=dtype, num_layers=2, bidirectional=True, max_length=3).eval()
     shapes = {"input": {0: FREE, 1: FREE}, "lengths": {0: FREE}}
-    program = torch.export.export(layer, (x,), {"lengths": lengths}, dynamic_shapes=shapes).module()
-    x, lengths = ragged(8, 3, dtype=torch.bfloat16)
-    for mine, theirs in zip(
-        tree_leaves(program(x, lengths=lengths)), tree_leaves(layer(x, lengths=lengths)), strict=True
-    ):
-        # a rounding of h to 2⁻⁹ that falls the other way, and what it moves at later steps
-        torch.testing.assert_close(mine, theirs, rtol=0.0, atol=2**-7)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.bfloat16):
+        x, lengths = ragged(4, 2, dtype=dtype)
+        program = torch.export.export(layer, (x,), {"lengths": lengths}, dynamic_shapes=shapes).module()
+        x, lengths = ragged(8, 3, dtype=dtype)
+        found, expected = (tree_leaves(call(x, lengths=lengths)) for call in (program, layer))
+    # a rounding of h to 2⁻⁹ that falls the other way, and what it moves at later steps; autocast spares float64
+    tolerance = CLOSE if dtype == torch.float64 else {"rtol": 0.0, "atol": 2**-7}
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, **tolerance)
 
 
-def test_training_mode_is_refused(tmp_path):
-    layer = make_layer(dtype=torch.float32)
+def test_refusals_are_what_the_exporter_tells(tmp_path):
+    """It tries another way after an error, and would tell why that one failed, if it came any further."""
+    layer, x = make_layer(dtype=torch.float32), torch.randn(7, 5, 3)
     with (
         pytest.warns(UserWarning, match="training mode"),  # the exporter's word
-        pytest.warns(UserWarning, match=r"call eval\(\) before"),
-        pytest.raises(torch.onnx.errors.OnnxExporterError),
+        pytest.raises(torch.onnx.errors.OnnxExporterError, match=r"call eval\(\) before"),
     ):
-        Exported(tmp_path / "layer.onnx", layer, (torch.randn(7, 5, 3),))
+        Exported(tmp_path / "layer.onnx", layer, (x,))
     assert layer.rows == 4  # nothing has been learnt
+    with pytest.raises(torch.onnx.errors.OnnxExporterError, match=r"lengths must have shape \(5,\)"):
+        Exported(tmp_path / "layer.onnx", layer.eval(), (x,), {"lengths": torch.tensor([7, 7])})
 
 
 @pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning")

@@ -4,14 +4,14 @@ What the rest of the library does with rows (see `packing`) is done here with th
 looks at a value on the host, no shape depends on one, and the loop over time is the operator `scan`, which becomes
 ONNX's Scan. T, B and the lengths therefore stay free in the exported program.
 
-Shapes and dtypes are as in `reference`: matrix products are in the parameters' dtype, gates, cell state and statistics
-in the accumulation dtype. Statistics being constants, a norm is a scale and a shift for each slot, which a runtime can
-fold once when it loads the program.
+Shapes and dtypes are as in `reference`: matrix products and h are in the dtype of W_hh, under autocast in its dtype;
+gates, cell state and statistics in the accumulation dtype. Products are cast here, so an autocast around them finds
+nothing to do. Statistics being constants, a norm is a scale and a shift for each slot, which a runtime can fold once
+when it loads the program.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, functional
+from .precision import compute_dtype, in_dtype, in_input_dtype
 from .reference import Parameters, accumulation_dtype
 from .statistics import Moments, Statistics, resolve_statistics
 
@@ -35,7 +36,16 @@ def requested() -> bool:
     """Whether a call is being recorded for ONNX."""
     # asked first because they are cheap: the last one imports the exporter
     recording = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return recording and torch.onnx.is_in_onnx_export()
+    return recording and _for_onnx()
+
+
+def _for_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+# Dynamo takes torch's function for False without a look. What torch.compiler.assume_constant_result sets, too; to call
+# that here would import the compiler with the library.
+_for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def evaluate(
@@ -53,12 +63,13 @@ def evaluate(
     """One layer with all its directions, normalised by the population. Not for gradients: NaN in padding reaches them.
 
     Args:
-        x: [T, B, D] in the parameters' dtype; what stands beyond a sequence's length may be anything, NaN too.
+        x: [T, B, D]; what stands beyond a sequence's length may be anything, NaN too.
         lengths: [B] integers, clamped to 1..T; None: all sequences have T steps.
         h_0, c_0: [directions, B, H]; zeros when None.
-        parameters: of each direction, the second one's runs from each sequence's own last step to its first.
+        parameters: of each direction, W_hh in the dtype of products; the second one's runs from each sequence's own
+            last step to its first.
         statistics: the population's slots of each direction, as they were seen.
-        start: slot of the first step.
+        start: slot of the first step; steps that would be before slot 0 take that one.
         over_time: statistics of W_ih x have a slot for each step; False: they have one slot.
         eps: ε added to variances.
 
@@ -79,8 +90,8 @@ def evaluate(
 
     outputs, h_n, c_n = [], [], []
     for k, (own, population) in enumerate(zip(parameters, statistics, strict=True)):
-        h = x.new_zeros(batch, hidden) if h_0 is None else h_0[k]
-        c = x.new_zeros(batch, hidden) if c_0 is None else c_0[k]
+        h = own.weight_hh.new_zeros(batch, hidden) if h_0 is None else h_0[k]
+        c = own.gamma_hh.new_zeros(batch, hidden) if c_0 is None else c_0[k]
         given = _turn(x, mirror) if k else x
         output, h, c = _direction(given, valid, h, c, time + start, own, population, over_time, eps)
         outputs.append(_turn(output, mirror) if k else output)
@@ -109,12 +120,14 @@ def _at_steps(
 ) -> list[Tensor]:
     """What the steps need of x [T, B, D] and the slots [T]: the terms of `_step`, each for all T steps."""
     resolved = resolve_statistics(statistics)
-    slot = slot.clamp_max(resolved.hh.mean.shape[0] - 1)  # the last slot serves all later steps
+    # The last slot serves all later steps. A program's argument may be negative, which ONNX would count from the end.
+    slot = slot.clamp(0, resolved.hh.mean.shape[0] - 1)
     scale_ih, shift_ih = _scale_and_shift(resolved.ih, parameters.gamma_ih, parameters.bias, eps)
     scale_hh, shift_hh = _scale_and_shift(resolved.hh, parameters.gamma_hh, None, eps)
     if over_time:
         scale_ih = scale_ih.index_select(0, slot)[:, None]
-    z_x = F.linear(x, parameters.weight_ih).to(scale_ih.dtype)
+    dtype = parameters.weight_hh.dtype
+    z_x = F.linear(x.to(dtype), parameters.weight_ih.to(dtype)).to(scale_ih.dtype)
     shift = (shift_ih + shift_hh).index_select(0, slot)[:, None]
     terms = [z_x * scale_ih + shift, scale_hh.index_select(0, slot)]
     if resolved.c is not None and parameters.gamma_c is not None:
@@ -125,7 +138,8 @@ def _at_steps(
 
 def _step(h: Tensor, c: Tensor, weight_hh: Tensor, a: Tensor, scale_hh: Tensor, *cell_norm: Tensor) -> States:
     """One step from h and c [B, H]: a [B, 4H] is all but W_hh h · scale_hh; cell_norm: scale and shift [H], if any."""
-    i, f, g, o = (a + F.linear(h, weight_hh).to(a.dtype) * scale_hh).chunk(4, 1)
+    gates = a + F.linear(h, weight_hh).to(a.dtype) * scale_hh
+    i, f, g, o = gates.split_with_sizes([h.shape[1]] * 4, 1)  # chunk's Split has an attribute since opset 18
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     normed = c
     if cell_norm:
@@ -181,7 +195,7 @@ def run_layer(layer: BNLSTM, input: Any, hx: Any, lengths: Any, start: int) -> t
     start = _slot("start", start)
     unbatched, directions = input.dim() == 2, len(layer._suffixes[0])
     x = input.unsqueeze(1) if unbatched else input.transpose(0, 1) if layer.batch_first else input
-    x, batch = x.to(like.dtype), x.shape[1]
+    x, batch, dtype = in_input_dtype(x, like), x.shape[1], compute_dtype(like)
     if lengths is not None:
         lengths = checks.lengths_tensor(lengths, batch, input.device)
     places = layer.num_layers * directions
@@ -190,7 +204,8 @@ def run_layer(layer: BNLSTM, input: Any, hx: Any, lengths: Any, start: int) -> t
     c_0: Any = h_0
     if hx is not None:
         by_layer = (layer.num_layers, directions, batch, layer.hidden_size)
-        h_0, c_0 = (state.to(like.dtype).view(by_layer) for state in checks.states(hx, shape, like))
+        h, c = checks.states(hx, shape, like)
+        h_0, c_0 = h.to(dtype).view(by_layer), c.to(like.dtype).view(by_layer)
 
     h_n, c_n = [], []
     for k, suffixes in enumerate(layer._suffixes):
@@ -199,7 +214,7 @@ def run_layer(layer: BNLSTM, input: Any, hx: Any, lengths: Any, start: int) -> t
             lengths,
             h_0[k],
             c_0[k],
-            [_parameters(layer, suffix) for suffix in suffixes],
+            [in_dtype(_parameters(layer, suffix), dtype) for suffix in suffixes],
             [layer._statistics_of(suffix) for suffix in suffixes],
             start=start,
             over_time=layer.input_stats == "time",
@@ -219,27 +234,32 @@ def run_cell(cell: BNLSTMCell, input: Tensor, hx: States | None, time: int) -> S
         TypeError, ValueError: hx or time is wrong; the message names it.
     """
     _refuse(cell.training)
-    parameters = _parameters(cell, "")
-    dtype = parameters.weight_hh.dtype
-    x = input.to(dtype).view(1, -1, cell.input_size)
+    like = cell._like()
+    dtype = compute_dtype(like)
+    parameters = in_dtype(_parameters(cell, ""), dtype)
+    x = in_input_dtype(input, like).view(1, -1, cell.input_size)
     slot = torch.arange(1, device=x.device) + _slot("time", time)
     terms = _at_steps(x, slot, parameters, cell._statistics_of(""), cell.input_stats == "time", cell.eps)
     shape = (*input.shape[:-1], cell.hidden_size)
     if hx is None:
-        h = c = x.new_zeros(x.shape[1], cell.hidden_size)
+        c = like.new_zeros(x.shape[1], cell.hidden_size)
+        h = c.to(dtype)
     else:
-        h, c = (s.to(dtype).view(-1, cell.hidden_size) for s in checks.states(hx, shape, parameters.weight_hh))
-    h, c = _step(h, c.to(accumulation_dtype(dtype)), parameters.weight_hh, *(term[0] for term in terms))
-    return h.view(shape), c.to(dtype).view(shape)
+        h, c = (state.view(-1, cell.hidden_size) for state in checks.states(hx, shape, like))
+        h, c = h.to(dtype), c.to(like.dtype)
+    h, c_n = _step(h, c.to(accumulation_dtype(dtype)), parameters.weight_hh, *(term[0] for term in terms))
+    return h.view(shape), c_n.to(c.dtype).view(shape)
 
 
 def _refuse(training: bool) -> None:
     if training:
-        message = (
+        raise RuntimeError(
             "call eval() before exporting to ONNX: a program has no training mode, and normalises by the population"
         )
-        warnings.warn(message, stacklevel=2)  # the exporter tries another way after an error, and tells that one's
-        raise RuntimeError(message)
+    if (
+        torch.compiler.is_dynamo_compiling()
+    ):  # so the exporter tries after an error; if this fails too, it tells that one
+        raise RuntimeError("exporting to ONNX: Dynamo (strict=True) would fix sizes that are to be free")
     if not torch.compiler.is_exporting():
         raise RuntimeError(
             "exporting to ONNX needs torch.onnx.export(..., dynamo=True): TorchScript cannot record scan"
