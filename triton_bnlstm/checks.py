@@ -6,7 +6,7 @@ import math
 import numbers
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ def integer(name: str, value: Any, minimum: int) -> int:
     """`value` as an int that is at least `minimum`; bool and float are not integers."""
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if type(value) is int:  # which torch.compile may trace as a symbol, and operator.index would make a constant
-        number = value
+    # operator.index would make a constant of what tracers have for an int: a SymInt, or in torch.compile a plain int
+    if type(value) is int or isinstance(value, torch.SymInt):
+        number = cast(int, value)
     else:
         try:
             number = operator.index(value)
