@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.support import buffers, make_layer
 from tests.support.rank_cases import CASES, run_case
 from tests.support.ranks import EXIT
-from triton_bnlstm import BNLSTM, BNLSTMCell, convert_sync, dispatch, distributed, estimate_statistics, whole
+from triton_bnlstm import BNLSTM, BNLSTMCell, convert_sync, dispatch, estimate_statistics, meeting, whole
 from triton_bnlstm.reference import update_cell
 
 LENGTHS = ([5, 2, 3], [7, 1])  # of each of two ranks
@@ -181,7 +181,7 @@ def forgotten(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def _alive() -> int:
-    return sum(isinstance(each, distributed.Ranks) for each in gc.get_objects())
+    return sum(isinstance(each, meeting.Ranks) for each in gc.get_objects())
 
 
 def recomputed(rank: int, size: int, folder: Path) -> dict[str, Any]:
@@ -379,10 +379,10 @@ def crash(rank: int, size: int, folder: Path) -> dict[str, Any]:
     loss = layer(x, lengths=lengths)[0].sum()
     before, began = buffers(layer), time.monotonic()
     if rank < 2:
-        with _until("gather", distributed, 20, rank % 2):
+        with _until("gather", meeting, 20, rank % 2):
             error = raised(lambda: layer(x, lengths=lengths))
     else:
-        with _until("_sum", distributed, 5, rank % 2):
+        with _until("sum_over_ranks", meeting, 5, rank % 2):
             error = raised(loss.backward)
     changed = [name for name, value in buffers(layer).items() if not torch.equal(value, before[name])]
     return {"error": error, "changed": changed, "seconds": time.monotonic() - began}

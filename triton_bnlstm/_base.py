@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from . import checks, functional, kept, ops, state, traced
 from .backend import BACKENDS, SAVE_CHOICES, requested_backend
 from .dispatch import run
-from .distributed import Grouped, Ranks, train_together
+from .distributed import Grouped
 from .initial import initialise_
+from .meeting import Ranks, train_together
 from .packing import Packing
 from .precision import compute_dtype, in_dtype
 from .recompute import Calls, fingerprint, in_backward, place_in_graph

@@ -15,16 +15,18 @@ batch.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .distributed import Ranks
 from .packing import Packing
 from .statistics import Moments, Population, Statistics
 from .transforms import transformed
+
+if TYPE_CHECKING:
+    from .meeting import Ranks
 
 Pair = tuple[Tensor, Tensor]  # mean and variance
 
