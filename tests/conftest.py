@@ -71,6 +71,14 @@ def _nobodys_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Results of jobs that several processes run together, by number of processes and job: [rank]."""
+    from tests.support.rank_results import results_in
+
+    return results_in(tmp_path_factory.getbasetemp())
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

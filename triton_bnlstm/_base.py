@@ -325,6 +325,8 @@ class BNLSTMBase(Grouped):
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
             if regularise and self.dropout > 0 and k + 1 < len(self._suffixes):
                 x = F.dropout(x, self.dropout)
+        if ranks is not None:
+            ranks.over = True
         return Pass(x, torch.stack(h_n), torch.stack(c_n), moments)
 
     def _leaves_compiled_code(self) -> bool:

@@ -8,7 +8,7 @@ steps aside and `reference.forward` itself is differentiated.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from .precision import without_autocast
 from .reference import Call, Parameters, Problem, Ran, Saved, Used, accumulation_dtype, centre
 from .statistics import Population, Statistics
 from .transforms import batched, have_tangents, transformed
+
+if TYPE_CHECKING:
+    from .meeting import Ranks
 
 # Rows whose pre-activation gradients are held at once: enough for an efficient weight-gradient GEMM, few enough for
 # them to stay in a CPU's cache.
@@ -307,6 +310,8 @@ class _LayerOfRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: Problem, moments: list[Statistics | None], *inputs: Any) -> tuple[Tensor, ...]:
         results = _Layer.forward(ctx, problem, moments, *inputs[:-1])
+        ranks = cast("Ranks", problem.ranks)
+        ctx.place, ranks.places = ranks.places, ranks.places + 1
         return *results, results[0].new_zeros(())
 
     @staticmethod
@@ -316,8 +321,14 @@ class _LayerOfRanks(torch.autograd.Function):
                 "process_group: with statistics over all ranks there are neither gradients of gradients "
                 "(create_graph=True) nor batches of gradients; set process_group=None for them"
             )
-        chained = gradients[-1] if ctx.needs_input_grad[-1] else None
-        return *_Layer.backward(ctx, *gradients[:-1]), chained
+        # Saved tensors first: of a checkpoint they come from a forward that runs again now, in which the ranks meet.
+        tensors, ranks, needed = ctx.saved_tensors, ctx.problem.ranks, ctx.needs_input_grad
+        *pulls, chained = gradients
+        with without_autocast(gradients[0]):
+            found = ranks.run_backward(
+                ctx.place, lambda: _backward_of_saved(tensors, ctx.problem, tuple(pulls), needed[2])
+            )
+        return None, None, *found, chained if needed[-1] else None
 
 
 def differentiable_backward(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import checks, plain, traced
 from ._base import BNLSTMBase, States
+from .agreement import attempt
 from .module import BNLSTM
 from .packing import Packing
 from .precision import compute_dtype, in_input_dtype
@@ -127,13 +128,19 @@ class BNLSTMCell(BNLSTMBase):
             time = 0
         if self._leaves_compiled_code():
             return _forward_uncompiled(self, input, hx, time)
+        group = self._group_to_meet()
+        if group is None:
+            return self._forward(input, hx, time, False)
+        return attempt(group, self._like(), lambda: self._forward(input, hx, time, True))
+
+    def _forward(self, input: Tensor, hx: States | None, time: int, together: bool) -> States:
+        """together: with the rows of other ranks."""
         like = self._like()
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a tensor, got {type(input).__name__}")
         if input.dim() not in (1, 2):
             raise ValueError(f"input must be [B, D], or [D] when unbatched, got {tuple(input.shape)}")
         rows = input[None] if input.dim() == 1 else input
-        together = self._group_to_meet() is not None
         checks.rows_of_input(rows[None], self.input_size, False, like, empty_batch=together)
         if plain.requested():
             return plain.run_cell(self, input, hx, time)

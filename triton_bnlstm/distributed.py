@@ -8,6 +8,7 @@ under way.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 class CollectiveError(RuntimeError):
     """A collective has failed: nothing more can be said to the other ranks."""
+
+
+class PeerError(RuntimeError):
+    """Another rank has failed, and all ranks know."""
 
 
 class GroupHandle:
@@ -103,7 +108,8 @@ def active_group(group: ProcessGroup | str | None) -> ProcessGroup | None:
     """The group to communicate in; None where there is nobody to communicate with.
 
     Raises:
-        RuntimeError: torch.distributed is not available or not initialised.
+        RuntimeError: torch.distributed is not available or not initialised, the group has been destroyed, or its ranks
+            are no longer together.
     """
     if group is None:
         return None
@@ -113,17 +119,36 @@ def active_group(group: ProcessGroup | str | None) -> ProcessGroup | None:
             "torch.distributed.init_process_group first, or set process_group=None"
         )
     found: Any = dist.group.WORLD if isinstance(group, str) else group
+    if found in _lost:
+        raise CollectiveError(
+            "process_group: this group cannot be used any more, since its ranks are no longer together. Start the "
+            f"processes again, or make a new group on all of them. It began with: {_lost[found]}"
+        )
+    try:
+        dist.get_rank(found)
+    except ValueError as error:
+        raise RuntimeError(f"process_group: the ProcessGroup has been destroyed ({error})") from error
     return found if dist.get_world_size(found) > 1 else None
 
 
 # Collectives
 
+# Groups in which this rank has left what all do together, and why: what it said next would be taken for something else.
+_lost: WeakKeyDictionary[ProcessGroup, str] = WeakKeyDictionary()
+
+
+def lose(group: ProcessGroup, error: BaseException) -> None:
+    """From now on the group is an error on this rank: it has left the others in the midst of something."""
+    _lost.setdefault(group, f"{type(error).__name__}: {error}")
+
 
 def _failed(group: ProcessGroup, what: str, error: Exception) -> CollectiveError:
-    return CollectiveError(
+    failure = CollectiveError(
         f"process_group: {what} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)}. Another rank "
         f"may have ended or raised, or made another call: {type(error).__name__}: {error}"
     )
+    lose(group, failure)
+    return failure
 
 
 def gather(group: ProcessGroup, own: Tensor, what: str) -> Tensor:

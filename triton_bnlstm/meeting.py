@@ -8,14 +8,17 @@ centred variance, in the order of the ranks, so all ranks hold the same bits.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
+from .agreement import AGAIN, FORWARD, agree_on_backward, say
 from .backend import requested_backend
-from .distributed import NO_KERNELS, gather, gather_objects, of_first, sum_over_ranks
+from .distributed import NO_KERNELS, active_group, gather, gather_objects, lose, of_first, sum_over_ranks
 from .packing import Packing
 from .precision import compute_dtype
 
@@ -25,20 +28,28 @@ if TYPE_CHECKING:
     from ._base import BNLSTMBase, Pass, States
 
 Pair = tuple[Tensor, Tensor]
+Result = TypeVar("Result")
+# By this a checkpoint ends a forward that it runs again, once it has all that it wants; so it does on every rank.
+_ENOUGH: type[BaseException] | tuple[()] = getattr(torch.utils.checkpoint, "_StopRecomputationError", ())
 
 
 class Ranks:
     """The ranks that share a training call's statistics.
 
     Attributes:
+        call: number of this call, the same on all ranks.
+        places: directions that have a node of the autograd graph so far, which is the next one's place.
+        over: no collective of the forward is left.
         whole: the rows of all ranks together; of its fields only sizes, batch, steps and count may be asked.
         chain: [] 0-d, what the last direction's node of the autograd graph gave; the next one takes it, so that a
             backward runs all of them, on every rank in the same order, whatever each rank's loss uses.
     """
 
-    def __init__(self, group: ProcessGroup, counts: Tensor, batch: int) -> None:
+    def __init__(self, group: ProcessGroup, call: int, counts: Tensor, batch: int) -> None:
         """counts: [N, T] float64, rows of each rank at each step. batch: B of all ranks."""
-        self.group = group
+        self.group, self.call = group, call
+        self.places = 0
+        self.over = False
         held = counts.sum(0)
         self.whole = Packing(
             sizes=tuple(int(n) for n in held.tolist()),
@@ -78,6 +89,16 @@ class Ranks:
         """Rank 0's tensor: matrix products of the same numbers may differ in their last bit from rank to rank."""
         return of_first(self.group, own, "the forward, a shift of the input's moments")
 
+    def run_backward(self, place: int, backward: Callable[[], Result]) -> Result:
+        """`backward()` of one direction's node, once all ranks are known to be at it."""
+        active_group(self.group)
+        agree_on_backward(self.group, self.call, place, self._by_step)
+        try:
+            return backward()
+        except BaseException as error:
+            lose(self.group, error)
+            raise
+
     def sum_gradients(self, t: int, *own: Pair) -> list[Pair]:
         """Sums over the ranks of pairs of tensors of one shape, for the backward of step t."""
         both = torch.stack([torch.stack(pair) for pair in own])
@@ -104,24 +125,24 @@ def meet(group: ProcessGroup, packing: Packing, facts: dict[str, Any]) -> tuple[
 
     Raises:
         ValueError: on all ranks, if `facts` differ, or all ranks together have fewer than two sequences.
-        RuntimeError: the ranks cannot be reached.
+        RuntimeError: the call has failed on another rank, or the ranks cannot be reached.
     """
-    what = "meeting at the entry of a training call"
-    digest = int.from_bytes(hashlib.blake2b(repr(sorted(facts.items())).encode(), digest_size=7).digest(), "big")
+    digest = int.from_bytes(hashlib.blake2b(repr(sorted(facts.items())).encode(), digest_size=6).digest(), "big")
     held = sum(n > 0 for n in packing.sizes)
-    header = torch.tensor([digest, packing.batch, held], device=packing.count.device)
-    headers = gather(group, header, what).tolist()
-    if any(other[0] != headers[0][0] for other in headers):
-        told = gather_objects(group, facts, what)
-        raise ValueError(f"process_group: the ranks make different calls; {_differences(told)}")
-    batch, steps = sum(other[1] for other in headers), max(other[2] for other in headers)
+    doing = AGAIN if torch._C._current_graph_task_id() != -1 else FORWARD
+    told, call = say(group, doing, [digest, packing.batch, held], packing.count.new_zeros(0))
+    if any(other[0] != told[0][0] for other in told):
+        all_facts = gather_objects(group, facts, "telling how a training call is made")
+        raise ValueError(f"process_group: the ranks make different calls; {_differences(all_facts)}")
+    batch, steps = int(sum(other[1] for other in told)), int(max(other[2] for other in told))
     if batch < 2:
         raise ValueError(
             "input: training needs a batch of at least 2 sequences over all ranks of process_group together, got "
             f"{batch}: batch normalisation takes each step's variance over the batch, and one row has none"
         )
     packing = packing.with_steps(steps)
-    return packing, Ranks(group, gather(group, packing.count, what), batch)
+    counts = gather(group, packing.count, "telling the rows of each step")
+    return packing, Ranks(group, call, counts, batch)
 
 
 def train_together(
@@ -134,6 +155,10 @@ def train_together(
     known, ranks = meet(group, known, _facts(layer, x, hx, start))
     try:
         done = layer._run_training(x, known, hx, start, ranks)
+    except BaseException as error:
+        if not ranks.over and not isinstance(error, _ENOUGH):
+            lose(group, error)
+        raise
     finally:
         ranks.chain = None  # the graph has it; and the graph has `ranks`, so it would keep itself alive
     return done._replace(rows=_with_mask(packing, known, done.rows))

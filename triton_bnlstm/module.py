@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, functional, plain, traced
 from ._base import BNLSTMBase, States
+from .agreement import attempt
 from .precision import compute_dtype
 from .statistics import Moments, resolve_statistics
 
@@ -77,9 +78,9 @@ class BNLSTM(BNLSTMBase):
         process_group: in training, batch statistics are made of the rows of all ranks of this group, forward and
             backward: "world" (torch.distributed's default group at the time of the call) or a ProcessGroup. Ranks may
             have different numbers of sequences and steps, also none (B = 0), with two sequences in all; each calls the
-            layer, and its backward, as often as the others. Each rank's gradients of parameters are its part of a
-            sum over the ranks. It runs on the reference path, whatever the device, and without gradients of
-            gradients. Nothing is communicated in evaluation. None: each rank by itself. See `convert_sync`.
+            layer, and its backward, as often as the others and in the same order. Each rank's gradients of parameters
+            are its part of a sum over the ranks. It runs on the reference path, whatever the device, and without
+            gradients of gradients. Nothing is communicated in evaluation. None: each rank by itself.
         device, dtype: of the parameters. Statistics are float32 (float64 for float64 parameters), counts float64.
 
     Inputs: input, hx=None, lengths=None, start=0
@@ -108,8 +109,8 @@ class BNLSTM(BNLSTMBase):
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, and nothing has changed. With a process group
             that includes ranks that make different calls; all of them raise.
-        RuntimeError: process_group is given and torch.distributed not initialised, or another rank cannot be reached:
-            the statistics are as before. Or backend="triton", and the kernels cannot run this.
+        RuntimeError: process_group is given and torch.distributed not initialised, or another rank has failed or cannot
+            be reached: statistics are as before a forward. Or backend="triton", and the kernels cannot run this.
 
     Example:
         >>> layer = BNLSTM(13, 64, max_length=100, batch_first=True)
@@ -208,8 +209,21 @@ class BNLSTM(BNLSTMBase):
             return plain.run_layer(self, input, hx, lengths, start)
         if self._leaves_compiled_code() or traced.hides_batch(input, hx):
             return _forward_uncompiled(self, cast(Any, input), hx, lengths, start)
+        group = self._group_to_meet()
+        if group is None:
+            return self._forward(input, hx, lengths, start, False)
+        return attempt(group, self._like(), lambda: self._forward(input, hx, lengths, start, True))
+
+    def _forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: States | None,
+        lengths: Tensor | list[int] | None,
+        start: int,
+        together: bool,
+    ) -> tuple[Tensor | PackedSequence, States]:
+        """together: with the rows of other ranks."""
         like = self._like()
-        together = self._group_to_meet() is not None
         checks.rows_of_input(input, self.input_size, self.batch_first, like, empty_batch=together)
         start, dtype = checks.integer("start", start, 0), compute_dtype(like)
         tracing = traced.asked_for(input)

@@ -13,15 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .distributed import CollectiveError, Grouped, active_group, gather, gather_objects
+from .distributed import CollectiveError, Grouped, PeerError, active_group, gather, gather_objects
 from .statistics import Moments, merge
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-class PeerError(RuntimeError):
-    """Another rank has failed, and all ranks know."""
 
 
 def group_of_layers(layers: Sequence[Grouped], given: ProcessGroup | str | None) -> ProcessGroup | None:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_ranks(module: str, jobs: list[str], size: int, folder: Path) -> list[dict[str, Any]]:
-    """Functions `jobs` of `module`, called with (rank, size, folder), on `size` processes over gloo.
+    """Functions `jobs` of `module`, or of the one they name, called with (rank, size, folder), on `size` processes.
 
     Returns:
         for each rank {job: result}; what a job raised stands there as text. A rank that a job has made end (EXIT) has
@@ -76,7 +76,8 @@ def _main() -> None:
         torch.save(results, Path(folder) / f"{rank}.pt")  # it may be this one in which the process ends
         torch.manual_seed(0)
         try:
-            results[job] = getattr(import_module(module), job)(int(rank), int(size), Path(folder))
+            where, _, name = job.rpartition(".")
+            results[job] = getattr(import_module(where or module), name)(int(rank), int(size), Path(folder))
         except Exception:
             results[job] = traceback.format_exc()
             break  # the other ranks are elsewhere now

@@ -1,0 +1,111 @@
+"""Ranks whose calls do not go together, as jobs of tests/test_rank_errors.py (see `rank_jobs`)."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tests.rank_jobs import ALL, inputs, raised
+from tests.support import buffers, make_layer
+from triton_bnlstm import BNLSTM, meeting
+
+
+def layers() -> tuple[BNLSTM, BNLSTM]:
+    """Two layers of one configuration."""
+    return tuple(make_layer(seed=seed, **ALL, process_group="world") for seed in (1, 2))  # type: ignore[return-value]
+
+
+def run(layer: BNLSTM, x: Tensor, lengths: list[int]) -> Tensor:
+    return layer(x, lengths=lengths)[0]
+
+
+def gradients(*of: BNLSTM) -> list[dict[str, Tensor | None]]:
+    return [{name: p.grad for name, p in layer.named_parameters()} for layer in of]
+
+
+def backwards(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Backwards of different calls: all ranks raise, and are together again at the next call."""
+    x, lengths = inputs(0, rank)
+    x.requires_grad_()
+    results: dict[str, Any] = {}
+    first, second = layers()
+
+    a, b = run(first, x, lengths).sum(), run(second, x, lengths).sum()
+    results["layers"] = raised((a if rank == 0 else b).backward)
+    a, b = run(first, x, lengths).sum(), run(first, 2 * x, lengths).sum()
+    results["calls"] = raised((a if rank == 0 else b).backward)
+    a, b = (checkpoint(run, each, x, lengths, use_reentrant=False).sum() for each in (first, second))
+    results["checkpoints"] = raised((a if rank == 0 else b).backward)
+    a, b = (checkpoint(run, first, k * x, lengths, use_reentrant=False).sum() for k in (1, 2))
+    results["checkpoints of a layer"] = raised((a if rank == 0 else b).backward)
+    a = run(first, x, lengths).sum()
+    results["none"] = raised(a.backward if rank == 0 else lambda: run(second, x, lengths))
+    a = checkpoint(run, first, x, lengths, use_reentrant=False).sum()
+    results["none of a checkpoint"] = raised(a.backward if rank == 0 else lambda: run(first, x, lengths))
+    a = run(first, x, lengths).sum()  # its last direction alone, on rank 1 all of them
+    part = [first.get_parameter("weight_hh_l1_reverse" if rank == 0 else "weight_hh_l0")]
+    results["directions"] = raised(lambda: (torch.autograd.grad(a, part), run(first, x, lengths)))
+    return results
+
+
+def backwards_together(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """A graph gone through twice, a part of it, and losses with weight 0."""
+    x, lengths = inputs(0, rank)
+    first, second = layers()
+    loss = run(first, x, lengths).square().sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    (twice,) = gradients(first)
+    part = [first.get_parameter("weight_hh_l1_reverse"), first.get_parameter("bias_l1")]
+    of_part = torch.autograd.grad(run(first, x, lengths).square().sum(), part)
+    first, second = layers()
+    a, b = (run(each, x, lengths).square().sum() for each in (first, second))
+    (a + 0 * b if rank == 0 else 0 * a + b).backward()
+    return {"twice": twice, "part": dict(enumerate(of_part)), "weight 0": gradients(first, second)}
+
+
+def failures(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """A call that fails on one rank before the ranks have met, in a loop that goes on."""
+    x, lengths = inputs(0, rank)
+    layer, _ = layers()
+    before = buffers(layer)
+    wrong = lengths if rank == 0 else [99] * len(lengths)
+    results: dict[str, Any] = {"lengths": raised(lambda: layer(x, lengths=wrong))}
+    results["input"] = raised(lambda: layer(x[:, :, :2] if rank == 0 else "x", lengths=lengths))
+    results["changed"] = [name for name, value in buffers(layer).items() if not torch.equal(value, before[name])]
+    output = layer(x, lengths=lengths)[0]
+    results["backward"] = raised(output.sum().backward if rank == 0 else lambda: layer(x, start=-1))
+    results["output"] = output.detach()
+    return results
+
+
+def midst(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Rank 1 fails in the midst of a forward, then of a backward, and goes on; groups that are destroyed."""
+    x, lengths = inputs(0, rank)
+    results: dict[str, Any] = {}
+    for where, of in (("forward", "merge_step"), ("backward", "sum_gradients")):
+        group = dist.new_group([0, 1], timeout=timedelta(seconds=3))  # so long rank 0 waits for rank 1
+        layer = make_layer(**ALL, process_group=group)
+
+        def fail(*_: Any) -> Any:
+            raise MemoryError("no memory is left")
+
+        def step(layer: BNLSTM = layer, of: str = of) -> None:
+            loss = run(layer, x, lengths).sum() if of == "sum_gradients" else None
+            with mock.patch.object(meeting.Ranks, of, fail if rank == 1 else getattr(meeting.Ranks, of)):
+                (run(layer, x, lengths) if loss is None else loss).sum().backward()
+
+        results[where] = raised(step)
+        results[f"after {where}"] = raised(lambda layer=layer: run(layer, x, lengths))  # type: ignore[misc]
+    group = dist.new_group([0, 1])
+    layer = make_layer(**ALL, process_group=group)
+    dist.destroy_process_group(group)
+    results["destroyed"] = raised(lambda: run(layer, x, lengths))
+    return results

@@ -1,0 +1,101 @@
+"""Ranks whose calls do not go together: all raise and go on together, or none can go on (gloo, two processes)."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import pytest
+import torch
+
+from tests.rank_errors import layers
+from tests.rank_jobs import ALL, inputs
+from tests.support import make_layer
+
+JOB = "tests.rank_errors."
+
+OTHER = r"ValueError: process_group: .* of different calls or layers; rank 0 is at call \d+, .* with weight 0"
+BACKWARDS = {
+    "layers": OTHER,
+    "calls": OTHER,
+    "checkpoints": OTHER,
+    "checkpoints of a layer": OTHER,
+    "none": "ValueError: process_group: .* rank 0 is in a backward, rank 1 in a forward.* with weight 0",
+    "none of a checkpoint": r"ValueError: .* rank 0 is in a forward that a backward runs .*, rank 1 in a forward\.",
+    "directions": "ValueError: process_group: .* rank 0 is in a forward, rank 1 in a backward",
+}
+
+
+@pytest.mark.parametrize("what", BACKWARDS)
+def test_backwards_of_different_calls(ranks, what):
+    for found in ranks(2, JOB + "backwards"):
+        assert re.match(BACKWARDS[what], found[what]), found[what]
+
+
+def assert_sums(found: list[dict], expected: dict) -> None:
+    """The ranks' parts of each gradient make the whole."""
+    first, second = found
+    assert first.keys() == second.keys() == expected.keys()
+    for name, value in expected.items():
+        say = partial("{}: {}".format, name)
+        torch.testing.assert_close(first[name] + second[name], value, rtol=1e-8, atol=1e-9, msg=say)
+
+
+def test_backwards_that_go_together(ranks):
+    """A graph gone through twice, a part of one, and losses that each need one layer and take both."""
+    found = ranks(2, JOB + "backwards_together")
+    x, lengths = inputs(0, None)
+    for k, seed in enumerate((1, 2)):
+        layer = make_layer(seed=seed, **ALL)
+        output = layer(x, lengths=lengths)[0]
+        (output[:, :3] if k == 0 else output[:, 3:]).square().sum().backward()
+        assert_sums([each["weight 0"][k] for each in found], {name: p.grad for name, p in layer.named_parameters()})
+    layer = make_layer(seed=1, **ALL)
+    layer(x, lengths=lengths)[0].square().sum().backward()
+    assert_sums([each["twice"] for each in found], {name: 2 * p.grad for name, p in layer.named_parameters()})
+    layer.zero_grad()
+    layer(x, lengths=lengths)[0].square().sum().backward()
+    part = [layer.get_parameter(name).grad for name in ("weight_hh_l1_reverse", "bias_l1")]
+    assert_sums([each["part"] for each in found], dict(enumerate(part)))
+
+
+FAILURES = {
+    "lengths": (
+        "PeerError: process_group: .*rank 1, so on all; there: ValueError: lengths",
+        "ValueError: lengths must",
+    ),
+    "input": ("ValueError: input must have 3 features", "TypeError: input must be a tensor"),
+    "backward": ("PeerError: process_group: .*rank 1, so on all; there: ValueError: start", "ValueError: start must"),
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_a_call_that_fails_on_one_rank_fails_on_all(ranks, what):
+    for found, pattern in zip(ranks(2, JOB + "failures"), FAILURES[what], strict=True):
+        assert re.match(pattern, found[what]), found[what]
+        assert found["changed"] == []
+
+
+def test_the_next_call_is_of_one_batch(ranks):
+    x, lengths = inputs(0, None)
+    layer, _ = layers()
+    layer.process_group = None
+    output = layer(x, lengths=lengths)[0].detach()
+    for found, own in zip(ranks(2, JOB + "failures"), (output[:5, :3], output[:, 3:]), strict=True):
+        torch.testing.assert_close(found["output"], own, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_rank_that_fails_in_the_midst(ranks, where):
+    """It has left the others, so it must not say anything more that they take for the rest of what they are at."""
+    first, second = ranks(2, JOB + "midst")
+    assert re.match(f"CollectiveError: process_group: the {where}, ", first[where])
+    assert second[where] == "MemoryError: no memory is left"
+    for found in (first, second):
+        assert re.match("CollectiveError: process_group: this group cannot be used any more", found[f"after {where}"])
+        assert found[f"after {where}"].endswith(found[where])
+
+
+def test_a_group_that_was_destroyed(ranks):
+    for found in ranks(2, JOB + "midst"):
+        assert re.match("RuntimeError: process_group: the ProcessGroup has been destroyed", found["destroyed"])
