@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from tests.rank_jobs import ALL, inputs, raised
@@ -83,6 +86,55 @@ def failures(rank: int, size: int, folder: Path) -> dict[str, Any]:
     output = layer(x, lengths=lengths)[0]
     results["backward"] = raised(output.sum().backward if rank == 0 else lambda: layer(x, start=-1))
     results["output"] = output.detach()
+    return results
+
+
+def unlike(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Ranks that call different layers, or whose layers hold different things."""
+    x, lengths = inputs(0, rank)
+    results: dict[str, Any] = {}
+    first, second = layers()
+    before = [buffers(layer) for layer in (first, second)]
+    results["layers"] = raised(lambda: run(first if rank == 0 else second, x, lengths))
+    with mock.patch.object(first, "_parameters", dict(second._parameters) if rank == 0 else first._parameters):
+        results["weights"] = raised(lambda: run(first, x, lengths))
+    if rank == 1:
+        first.reset_statistics()
+    results["reset"] = raised(lambda: run(first, x, lengths))
+    with torch.no_grad():
+        for name, buffer in first.named_buffers():
+            buffer.copy_(before[0][name])
+        first.get_buffer("mean_hh_l1")[3] += 0.01 * rank
+    results["means"] = raised(lambda: run(first, x, lengths))
+    results["changed"] = [not torch.equal(value, before[1][name]) for name, value in second.named_buffers()]
+    for _, buffer in first.named_buffers():
+        dist.broadcast(buffer, 0)
+    results["broadcast"] = raised(lambda: run(first, x, lengths))
+    # equal weights and statistics: told apart once their statistics are
+    twin = copy.deepcopy(second)
+    results["twins"] = raised(lambda: run(second if rank == 0 else twin, x, lengths))
+    results["twins, later"] = raised(lambda: run(second, x, lengths))
+    return results
+
+
+def alike(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """What is no difference: layers that one rank has more, rounding, weights that are no numbers."""
+    x, lengths = inputs(0, rank)
+    results: dict[str, Any] = {}
+    first, second = layers()
+    if rank == 0:
+        make_layer(**ALL, process_group="world")
+        AveragedModel(first)
+    results["more on one rank"] = raised(lambda: run(first, x, lengths))
+    with torch.no_grad():
+        first.get_parameter("weight_hh_l0").mul_(1 + 1e-3 * rank)
+        first.get_buffer("mean_hh_l0").mul_(1 + 1e-7 * rank)
+    results["rounded"] = raised(lambda: run(first, x, lengths))
+    for value in (torch.inf, torch.nan, 1e300 * (1 + rank)):
+        with torch.no_grad():
+            second.get_parameter("weight_ih_l0").fill_(value)
+        with warnings.catch_warnings(record=True):
+            results[str(value)] = raised(lambda: run(second, x, lengths))
     return results
 
 

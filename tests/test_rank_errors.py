@@ -18,7 +18,7 @@ OTHER = r"ValueError: process_group: .* of different calls or layers; rank 0 is 
 BACKWARDS = {
     "layers": OTHER,
     "calls": OTHER,
-    "checkpoints": OTHER,
+    "checkpoints": "ValueError: process_group: ranks 0 and 1 call different layers.* A backward .* with weight 0",
     "checkpoints of a layer": OTHER,
     "none": "ValueError: process_group: .* rank 0 is in a backward, rank 1 in a forward.* with weight 0",
     "none of a checkpoint": r"ValueError: .* rank 0 is in a forward that a backward runs .*, rank 1 in a forward\.",
@@ -83,6 +83,28 @@ def test_the_next_call_is_of_one_batch(ranks):
     output = layer(x, lengths=lengths)[0].detach()
     for found, own in zip(ranks(2, JOB + "failures"), (output[:5, :3], output[:, 3:]), strict=True):
         torch.testing.assert_close(found["output"], own, rtol=1e-8, atol=1e-9)
+
+
+UNLIKE = {
+    "layers": "ranks 0 and 1 call different layers, or their weights differ",
+    "weights": "ranks 0 and 1 call different layers, or their weights differ",
+    "reset": r"running statistics differ \(rows of the last step: 4 on rank 0, 0 on rank 1\)",
+    "means": r"running statistics differ \(means: ",
+    "twins, later": r"running statistics differ \(",
+}
+
+
+@pytest.mark.parametrize("what", UNLIKE)
+def test_other_layers_or_statistics(ranks, what):
+    for found in ranks(2, JOB + "unlike"):
+        assert re.match(f"ValueError: process_group: {UNLIKE[what]}", found[what]), found[what]
+        assert not any(found["changed"])
+        assert found["broadcast"] == found["twins"] == ""
+
+
+def test_what_is_no_difference(ranks):
+    for found in ranks(2, JOB + "alike"):
+        assert set(found.values()) == {""}
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

@@ -19,6 +19,7 @@ from torch import Tensor
 from .agreement import AGAIN, FORWARD, agree_on_backward, say
 from .backend import requested_backend
 from .distributed import NO_KERNELS, active_group, gather, gather_objects, lose, of_first, sum_over_ranks
+from .likeness import SIZE, difference, likeness
 from .packing import Packing
 from .precision import compute_dtype
 
@@ -115,25 +116,31 @@ def _differences(told: list[dict[str, Any]]) -> str:
     return "they have other layers"
 
 
-def meet(group: ProcessGroup, packing: Packing, facts: dict[str, Any]) -> tuple[Packing, Ranks]:
+def meet(layer: BNLSTMBase, group: ProcessGroup, packing: Packing, facts: dict[str, Any]) -> tuple[Packing, Ranks]:
     """The entry of a training call: what the ranks have, and this rank's packing for as many steps as any rank has.
 
     Args:
+        layer: which this rank calls.
         group: with two ranks or more.
         packing: this rank's, without a mask.
         facts: what has to be the same on all ranks, by name.
 
     Raises:
-        ValueError: on all ranks, if `facts` differ, or all ranks together have fewer than two sequences.
+        ValueError: on all ranks, if `facts` differ, layers do, or all ranks together have fewer than two sequences.
         RuntimeError: the call has failed on another rank, or the ranks cannot be reached.
     """
     digest = int.from_bytes(hashlib.blake2b(repr(sorted(facts.items())).encode(), digest_size=6).digest(), "big")
     held = sum(n > 0 for n in packing.sizes)
     doing = AGAIN if torch._C._current_graph_task_id() != -1 else FORWARD
-    told, call = say(group, doing, [digest, packing.batch, held], packing.count.new_zeros(0))
+    told, call = say(group, doing, [digest, packing.batch, held], likeness(layer))
     if any(other[0] != told[0][0] for other in told):
         all_facts = gather_objects(group, facts, "telling how a training call is made")
         raise ValueError(f"process_group: the ranks make different calls; {_differences(all_facts)}")
+    unlike = difference([other[3 : 3 + SIZE] for other in told])
+    if unlike:
+        if doing == AGAIN:
+            unlike += ". A backward runs these calls again: every rank's loss uses every call, if need be with weight 0"
+        raise ValueError(f"process_group: {unlike}")
     batch, steps = int(sum(other[1] for other in told)), int(max(other[2] for other in told))
     if batch < 2:
         raise ValueError(
@@ -152,7 +159,7 @@ def train_together(
     if requested_backend(layer.backend) == "triton":
         raise RuntimeError(f'backend="triton": {NO_KERNELS}; use backend="auto" or "reference", or process_group=None')
     known, x = _without_mask(packing, x)
-    known, ranks = meet(group, known, _facts(layer, x, hx, start))
+    known, ranks = meet(layer, group, known, _facts(layer, x, hx, start))
     try:
         done = layer._run_training(x, known, hx, start, ranks)
     except BaseException as error:

@@ -15,7 +15,10 @@ JOBS = {
     2: [
         *("cases", "ddp", "fsdp", "losses", "empty_passes", "not_finite", "unequal_weights"),
         *("forgotten", "recomputed", "refused", "estimates", "estimates_refused"),
-        *(f"tests.rank_errors.{job}" for job in ("backwards", "backwards_together", "failures", "midst")),
+        *(
+            f"tests.rank_errors.{job}"
+            for job in ("backwards", "backwards_together", "failures", "unlike", "alike", "midst")
+        ),
     ],
     4: ["cases", "handles", "halves", "estimates", "crash"],
 }
