@@ -111,6 +111,22 @@ def fsdp(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return {"parameters": parameters, "buffers": buffers(model.layer), "sharded": sharded}
 
 
+def fsdp_mixed(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Parameters in float64 that a layer has in bfloat16 while it runs."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    layer = make_layer(**ALL, process_group="world")
+    fully_shard(layer, mesh=init_device_mesh("cpu", (size,)), mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+    x, lengths = inputs(0, rank)
+    with warnings.catch_warnings(record=True):  # of outputs that are views
+        output = layer(x, lengths=lengths)[0]
+    output.double().square().sum().mul(size).backward()
+    held: dict[str, Any] = dict(layer.named_parameters())
+    gradients = {name: p.grad.full_tensor() for name, p in held.items()}
+    return {"output": output.detach().double(), "buffers": buffers(layer), "gradients": gradients}
+
+
 def losses(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Each rank's loss has another part of the answer: the backward is that of all of them nevertheless."""
     layer = make_layer(**ALL, process_group="world")

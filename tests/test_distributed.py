@@ -115,6 +115,24 @@ def test_fsdp_is_one_process(ranks):
     assert all(each["sharded"] < 0.6 * total for each in found)  # half, but for what two ranks cannot divide
 
 
+def test_fsdp_in_another_precision(ranks):
+    """Nearly float64's numbers, in statistics that are float64."""
+    layer = make_layer(**ALL)
+    x, lengths = inputs(0, None)
+    output = layer(x, lengths=lengths)[0]
+    output.square().sum().backward()
+    found = ranks(2, "fsdp_mixed")
+    torch.testing.assert_close(padded([each["output"] for each in found]), output.detach(), rtol=0, atol=0.05)
+    for name, value in gradients_of(layer).items():
+        far = 0.1 * float(value.abs().max())
+        torch.testing.assert_close(
+            found[0]["gradients"][name], value, rtol=0, atol=far, msg=partial("{}: {}".format, name)
+        )
+    for name, value in buffers(layer).items():
+        torch.testing.assert_close(found[0]["buffers"][name], value, rtol=0.05, atol=0.05)  # dtypes, too
+    assert_same_buffers(*(each["buffers"] for each in found))
+
+
 def test_losses_of_other_parts(ranks):
     layer = make_layer(**ALL)
     x, lengths = inputs(0, None)

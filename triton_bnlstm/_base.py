@@ -361,12 +361,13 @@ class BNLSTMBase(Grouped):
 
     def _batch_populations(self, packing: Packing, start: int) -> list[Population | None]:
         """Phantom rows of every direction, from the statistics as they are now."""
-        over_time = self.input_stats == "time"
+        over_time, dtype = self.input_stats == "time", accumulation_dtype(self._like().dtype)
         with torch.no_grad():
-            return [
+            found = [
                 training_population(self._statistics_of(suffix), packing, start, self.prior_count, over_time)
                 for suffix in self._all_suffixes()
             ]
+        return [None if each is None else each.in_dtype(dtype) for each in found]
 
     def _check_training(self, batch: int, inputs: Iterable[Any], together: bool) -> None:
         """A batch of B sequences can be trained on: not a single one, nor in a vmap that has one population for all.

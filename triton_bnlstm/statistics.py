@@ -83,6 +83,13 @@ class Population(NamedTuple):
     c: tuple[Tensor, Tensor] | None
     weight: Tensor | None
 
+    def in_dtype(self, dtype: torch.dtype) -> Population:
+        """The same in another dtype, but for the weight."""
+        ih, hh, c = (None if pair is None else (pair[0].to(dtype), pair[1].to(dtype)) for pair in self[:3])
+        assert ih is not None
+        assert hh is not None
+        return Population(ih, hh, c, self.weight)
+
 
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of a's and b's rows together, slot by slot (Chan's formula: nothing is squared before it is centred)."""
@@ -142,6 +149,8 @@ def _merge_into_slots(
     count = known.count
     if momentum is not None:
         count = count * (1 - momentum) ** (batch.count / rows).clamp_max(1)
+    dtype = slots.mean.dtype  # FSDP2 may run a layer in a lower precision than its parameters are kept in
+    batch = batch._replace(mean=batch.mean.to(dtype), var=batch.var.to(dtype))
     return known, merge(Moments(known.mean, known.var, count), batch)
 
 

@@ -13,7 +13,7 @@ from tests.support.ranks import results_of, run_ranks
 
 JOBS = {
     2: [
-        *("cases", "ddp", "fsdp", "losses", "empty_passes", "not_finite", "unequal_weights"),
+        *("cases", "ddp", "fsdp", "fsdp_mixed", "losses", "empty_passes", "not_finite", "unequal_weights"),
         *("forgotten", "recomputed", "refused", "estimates", "estimates_refused"),
         *(
             f"tests.rank_errors.{job}"
