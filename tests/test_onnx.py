@@ -119,7 +119,8 @@ class Model(nn.Module):
         self.head = nn.Linear(8, 2)
 
     def forward(self, x):
-        output, (h_n, _) = self.layer(self.below(x).relu())
+        nought = x.new_zeros(2, x.shape[1], 4)  # one tensor for both states, as with nn.LSTM
+        output, (h_n, _) = self.layer(self.below(x).relu(), (nought, nought))
         return self.head(output), h_n.sum(0)
 
 
@@ -213,6 +214,12 @@ def test_torchscript_is_refused(tmp_path):
         torch.onnx.export(
             make_layer(dtype=torch.float32).eval(), (torch.randn(7, 5, 3),), tmp_path / "layer.onnx", dynamo=False
         )
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+def test_a_torchscript_trace_is_refused():
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace cannot record a BN-LSTM"):
+        torch.jit.trace(make_layer().eval(), torch.randn(6, 3, 3).double())
 
 
 @pytest.mark.parametrize(

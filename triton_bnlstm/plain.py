@@ -33,10 +33,20 @@ States = tuple[Tensor, Tensor]
 
 
 def requested() -> bool:
-    """Whether a call is being recorded for ONNX."""
+    """Whether a call is being recorded for ONNX.
+
+    Raises:
+        RuntimeError: torch.jit.trace records it.
+    """
     # asked first because they are cheap: the last one imports the exporter
-    recording = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return recording and _for_onnx()
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if not traced and not torch.compiler.is_exporting():
+        return False
+    if _for_onnx():
+        return True
+    if traced:
+        raise RuntimeError("torch.jit.trace cannot record a BN-LSTM: use torch.export.export, or ONNX")
+    return False
 
 
 def _for_onnx() -> bool:
@@ -175,7 +185,8 @@ def _direction(
 
     # The operator and not the function `scan`: that one has Dynamo look at `step`, and compare sizes that are to be
     # free with those of programs recorded before.
-    states = [h, c.to(accumulation_dtype(c.dtype))]
+    # Copies: who calls with (z, z) gives one tensor for both, which it does not take.
+    states = [h.clone(), c.to(accumulation_dtype(c.dtype)).clone()]
     h_n, c_n, output = scan_op(step, states, terms, (parameters.weight_hh,))
     return output, h_n, c_n.to(c.dtype)
 
