@@ -89,6 +89,28 @@ def failures(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return results
 
 
+def nothing(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Rank 1 has what a collate function makes of no sequences: no steps, and lengths without a type."""
+    x, lengths = inputs(0, 0)
+    results: dict[str, Any] = {}
+    empties: dict[str, Any] = {"list": [], "floats": torch.tensor([]), "none": None}
+    for name, empty in empties.items():
+        for batch_first in (False, True):
+            layer = make_layer(**ALL, batch_first=batch_first, process_group="world")
+            mine = (x.transpose(0, 1) if batch_first else x, lengths) if rank == 0 else (x.new_zeros(0, 0, 3), empty)
+            output, (h_n, _) = layer(mine[0], lengths=mine[1])
+            (output.square().sum() + h_n.sum()).backward()
+            results[f"{name}, {batch_first}"] = {
+                "output": output.detach().transpose(0, 1) if batch_first else output.detach(),
+                "h_n": h_n.detach(),
+                "parameters": gradients(layer)[0],
+                "buffers": buffers(layer),
+            }
+    results["no steps"] = raised(lambda: layer(x.new_zeros(0, 2 if rank == 0 else 0, 3).transpose(0, 1)))
+    results["nobody"] = raised(lambda: layer(x[:0, :0]))
+    return results
+
+
 def unlike(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Ranks that call different layers, or whose layers hold different things."""
     x, lengths = inputs(0, rank)

@@ -37,6 +37,8 @@ CALLS = {
     "lengths zero": ((X,), {"lengths": [1, 2, 0, 4, 5]}, ValueError, "lengths must be at least 1, got 0"),
     "lengths long": ((X,), {"lengths": [1, 2, 7, 4, 5]}, ValueError, "lengths must be at most T = 6, got 7"),
     "lengths few": ((X,), {"lengths": [1, 2]}, ValueError, r"lengths must have shape \(5,\)"),
+    "lengths none": ((X,), {"lengths": []}, ValueError, r"lengths must have shape \(5,\).* got \(0,\)"),
+    "nothing": ((X[:0, :0],), {"lengths": []}, ValueError, r"input has no time steps \(T = 0\)"),
     "lengths 2-D": ((X,), {"lengths": torch.ones(5, 1).long()}, ValueError, r"lengths must have shape \(5,\)"),
     "lengths float": ((X,), {"lengths": torch.ones(5)}, TypeError, "lengths must be integers"),
     "lengths bool": ((X,), {"lengths": torch.ones(5).bool()}, TypeError, "lengths must be integers"),

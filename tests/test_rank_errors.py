@@ -10,7 +10,7 @@ import torch
 
 from tests.rank_errors import layers
 from tests.rank_jobs import ALL, inputs
-from tests.support import make_layer
+from tests.support import assert_same_buffers, make_layer
 
 JOB = "tests.rank_errors."
 
@@ -83,6 +83,29 @@ def test_the_next_call_is_of_one_batch(ranks):
     output = layer(x, lengths=lengths)[0].detach()
     for found, own in zip(ranks(2, JOB + "failures"), (output[:5, :3], output[:, 3:]), strict=True):
         torch.testing.assert_close(found["output"], own, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("lengths", ["list", "floats", "none"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_rank_with_nothing_at_all(ranks, lengths, batch_first):
+    layer = make_layer(**ALL)
+    x, own_lengths = inputs(0, 0)
+    output, (h_n, _) = layer(x, lengths=own_lengths)
+    (output.square().sum() + h_n.sum()).backward()
+    found = [each[f"{lengths}, {batch_first}"] for each in ranks(2, JOB + "nothing")]
+    torch.testing.assert_close(found[0]["output"], output.detach(), rtol=1e-8, atol=1e-9)
+    assert found[1]["output"].shape == (0, 0, 8)
+    assert found[1]["h_n"].shape == (4, 0, 4)
+    assert_sums([each["parameters"] for each in found], {name: p.grad for name, p in layer.named_parameters()})
+    assert_same_buffers(found[0]["buffers"], found[1]["buffers"])
+
+
+def test_no_steps_where_there_are_sequences(ranks):
+    first, second = ranks(2, JOB + "nothing")
+    assert re.match(r"ValueError: input has no time steps \(T = 0\)", first["no steps"])
+    assert re.match("PeerError: process_group: .* rank 0, .* no time steps", second["no steps"])
+    for found in (first, second):
+        assert re.match("ValueError: input: .* at least 2 sequences over all ranks .* got 0", found["nobody"])
 
 
 UNLIKE = {

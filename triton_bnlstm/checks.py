@@ -104,7 +104,7 @@ def same_kind(name: str, value: Tensor, like: Tensor) -> None:
 def rows_of_input(value: Any, input_size: int, batch_first: bool, like: Tensor, *, empty_batch: bool = False) -> None:
     """`input` is a tensor [T, B, D] (batch_first: [B, T, D]), unbatched [T, D], or a PackedSequence of such.
 
-    empty_batch: B may be 0, since other ranks have rows.
+    empty_batch: B may be 0, of any T and T = 0 too, since other ranks have rows.
     """
     if isinstance(value, PackedSequence):
         data = value.data
@@ -117,7 +117,8 @@ def rows_of_input(value: Any, input_size: int, batch_first: bool, like: Tensor, 
         if data.dim() not in (2, 3):
             raise ValueError(f"input must be 3-D, or 2-D when unbatched, got {tuple(data.shape)}")
         time = 1 if batch_first and data.dim() == 3 else 0
-        if data.shape[time] == 0 or (0 in data.shape[:-1] and not empty_batch):
+        nobody = empty_batch and data.dim() == 3 and data.shape[1 - time] == 0
+        if 0 in data.shape[:-1] and not nobody:
             what = "no time steps (T = 0)" if data.shape[time] == 0 else "an empty batch (B = 0)"
             raise ValueError(f"input has {what}: its shape is {tuple(data.shape)}")
     else:
@@ -134,6 +135,8 @@ def lengths_tensor(lengths: Any, batch: int, device: torch.device) -> Tensor:
             lengths = torch.as_tensor(lengths, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"lengths must be a tensor or a list of integers: {error}") from None
+    if lengths.is_floating_point() and lengths.numel() == 0:  # [] is floats to torch
+        lengths = lengths.to(torch.int64)
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
     if tuple(lengths.shape) != (batch,):

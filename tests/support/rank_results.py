@@ -17,7 +17,7 @@ JOBS = {
         *("forgotten", "recomputed", "refused", "estimates", "estimates_refused"),
         *(
             f"tests.rank_errors.{job}"
-            for job in ("backwards", "backwards_together", "failures", "unlike", "alike", "midst")
+            for job in ("backwards", "backwards_together", "failures", "nothing", "unlike", "alike", "midst")
         ),
     ],
     4: ["cases", "handles", "halves", "estimates", "crash"],
