@@ -52,6 +52,9 @@ def backwards(rank: int, size: int, folder: Path) -> dict[str, Any]:
     results["none"] = raised(a.backward if rank == 0 else lambda: run(second, x, lengths))
     a = checkpoint(run, first, x, lengths, use_reentrant=False).sum()
     results["none of a checkpoint"] = raised(a.backward if rank == 0 else lambda: run(first, x, lengths))
+    leaf = x.detach().requires_grad_(rank == 0)  # only with a gradient to give is it run again
+    a = checkpoint(run, first, leaf, lengths, use_reentrant=True).sum()
+    results["reentrant"] = raised(a.backward if rank == 0 else lambda: run(first, x, lengths))
     a = run(first, x, lengths).sum()  # its last direction alone, on rank 1 all of them
     part = [first.get_parameter("weight_hh_l1_reverse" if rank == 0 else "weight_hh_l0")]
     results["directions"] = raised(lambda: (torch.autograd.grad(a, part), run(first, x, lengths)))
@@ -86,6 +89,30 @@ def failures(rank: int, size: int, folder: Path) -> dict[str, Any]:
     output = layer(x, lengths=lengths)[0]
     results["backward"] = raised(output.sum().backward if rank == 0 else lambda: layer(x, start=-1))
     results["output"] = output.detach()
+    return results
+
+
+def refused_early(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """What would be refused in the midst of a call is refused before the ranks meet."""
+    x, lengths = inputs(0, rank)
+    layer, _ = layers()
+    before = buffers(layer)
+    results: dict[str, Any] = {}
+
+    def loss(x: Tensor) -> Tensor:
+        return run(layer, x, lengths).sum()
+
+    results["grad"] = raised(lambda: torch.func.grad(loss)(x))
+    results["vmap"] = raised(lambda: torch.func.vmap(loss)(torch.stack([x, x])))
+    results["jvp"] = raised(lambda: torch.func.jvp(loss, (x,), (x,)))
+    results["grad on one rank"] = raised(lambda: torch.func.grad(loss)(x) if rank == 0 else loss(x))
+    for name, value in (("save", "nothing"), ("autotune", "never")):
+        kept = getattr(layer, name)
+        setattr(layer, name, value)
+        results[name] = raised(lambda: loss(x))
+        setattr(layer, name, kept)
+    results["changed"] = [name for name, value in buffers(layer).items() if not torch.equal(value, before[name])]
+    results["next"] = raised(lambda: loss(x))
     return results
 
 

@@ -22,6 +22,7 @@ BACKWARDS = {
     "checkpoints of a layer": OTHER,
     "none": "ValueError: process_group: .* rank 0 is in a backward, rank 1 in a forward.* with weight 0",
     "none of a checkpoint": r"ValueError: .* rank 0 is in a forward that a backward runs .*, rank 1 in a forward\.",
+    "reentrant": r"ValueError: .* rank 0 is in a forward that a backward runs .*, rank 1 in a forward\.",
     "directions": "ValueError: process_group: .* rank 0 is in a forward, rank 1 in a backward",
 }
 
@@ -57,6 +58,25 @@ def test_backwards_that_go_together(ranks):
     layer(x, lengths=lengths)[0].square().sum().backward()
     part = [layer.get_parameter(name).grad for name in ("weight_hh_l1_reverse", "bias_l1")]
     assert_sums([each["part"] for each in found], dict(enumerate(part)))
+
+
+EARLY = {
+    "grad": "RuntimeError: process_group: torch.func's transforms",
+    "vmap": "RuntimeError: vmap in training",
+    "jvp": "RuntimeError: process_group: torch.func's transforms",
+    "grad on one rank": "(PeerError: .* rank 0, so on all; there: )?RuntimeError: process_group: torch.func's",
+    "save": "ValueError: save must be one of",
+    "autotune": "ValueError: autotune must be one of",
+}
+
+
+@pytest.mark.parametrize("what", EARLY)
+def test_refused_before_the_ranks_meet(ranks, what):
+    """The group is none the worse: what is refused in the midst of a call would be its end."""
+    for found in ranks(2, JOB + "refused_early"):
+        assert re.match(EARLY[what], found[what]), found[what]
+        assert not found["changed"]
+        assert found["next"] == ""
 
 
 FAILURES = {

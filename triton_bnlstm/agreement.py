@@ -74,18 +74,19 @@ def say(
     return [numbers[2:] for numbers in told], calls
 
 
-def attempt(group: ProcessGroup, like: Tensor, call: Callable[[], Result]) -> Result:
+def attempt(group: ProcessGroup, device: torch.device, call: Callable[[], Result]) -> Result:
     """`call()`, a layer's call in training; an error in it before the ranks have met is told to the others.
 
-    like: on the device that the ranks' messages go out from.
+    device: the parameters', which the ranks' messages go out from.
     """
     before = _calls.get(group, 0)
     try:
         return call()
     except Exception as error:
         if _calls.get(group, 0) == before and not isinstance(error, CollectiveError):
-            with suppress(PeerError, CollectiveError):  # this rank has an error of its own to raise
-                say(group, FAILED, [], like.new_zeros(0, dtype=torch.float64), error)
+            # This rank has an error of its own to raise; what it says goes past a transform of torch.func around it.
+            with suppress(PeerError, CollectiveError), torch._C._DisableFuncTorch():
+                say(group, FAILED, [], torch.zeros(0, dtype=torch.float64, device=device), error)
         raise
 
 

@@ -358,11 +358,6 @@ def _layer(call: Call) -> Ran:
     inputs = (x, h, c, *parameters)
     # what transforms, or derives forwards, goes through plain operations; the rest through the backward written here
     plain = transformed() or have_tangents(inputs)
-    if plain and problem.ranks is not None:
-        raise RuntimeError(
-            "process_group: torch.func's transforms and forward-mode derivatives do not reach the rows of other ranks; "
-            "set process_group=None for them"
-        )
     if not plain and torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in inputs):
         holder: list[Statistics | None] = []
         given = (problem, holder, x, h, c_wide, *parameters)

@@ -131,7 +131,7 @@ class BNLSTMCell(BNLSTMBase):
         group = self._group_to_meet()
         if group is None:
             return self._forward(input, hx, time, False)
-        return attempt(group, self._like(), lambda: self._forward(input, hx, time, True))
+        return attempt(group, self._like().device, lambda: self._forward(input, hx, time, True))
 
     def _forward(self, input: Tensor, hx: States | None, time: int, together: bool) -> States:
         """together: with the rows of other ranks."""

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 WORLD = "world"
+NO_TRANSFORMS = (
+    "process_group: torch.func's transforms and forward-mode derivatives do not reach the rows of other ranks; set "
+    "process_group=None for them"
+)
 NO_KERNELS = "process_group: statistics over all ranks are made on the reference path only"
 Model = TypeVar("Model", bound=nn.Module)
 

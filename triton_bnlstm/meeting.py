@@ -16,12 +16,15 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from . import checks
 from .agreement import AGAIN, FORWARD, agree_on_backward, say
-from .backend import requested_backend
-from .distributed import NO_KERNELS, active_group, gather, gather_objects, lose, of_first, sum_over_ranks
+from .backend import SAVE_CHOICES, requested_backend
+from .distributed import NO_KERNELS, NO_TRANSFORMS, active_group, gather, gather_objects, lose, of_first, sum_over_ranks
 from .likeness import SIZE, difference, likeness
 from .packing import Packing
 from .precision import compute_dtype
+from .transforms import have_tangents, transformed
+from .tuning.mode import requested_autotune
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -158,6 +161,11 @@ def train_together(
     """A layer's call in training, normalised by the rows of all ranks; arguments as those of `BNLSTMBase._run`."""
     if requested_backend(layer.backend) == "triton":
         raise RuntimeError(f'backend="triton": {NO_KERNELS}; use backend="auto" or "reference", or process_group=None')
+    # What would be refused later on, in the midst of what all ranks do.
+    checks.choice("save", layer.save, SAVE_CHOICES)
+    requested_autotune(layer.autotune)
+    if transformed() or have_tangents((x, *(hx or ()), *layer.parameters())):
+        raise RuntimeError(NO_TRANSFORMS)
     known, x = _without_mask(packing, x)
     known, ranks = meet(layer, group, known, _facts(layer, x, hx, start))
     try:

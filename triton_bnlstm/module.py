@@ -212,7 +212,7 @@ class BNLSTM(BNLSTMBase):
         group = self._group_to_meet()
         if group is None:
             return self._forward(input, hx, lengths, start, False)
-        return attempt(group, self._like(), lambda: self._forward(input, hx, lengths, start, True))
+        return attempt(group, self._like().device, lambda: self._forward(input, hx, lengths, start, True))
 
     def _forward(
         self,

@@ -11,14 +11,12 @@ from filelock import FileLock
 
 from tests.support.ranks import results_of, run_ranks
 
+ERRORS = ("backwards", "backwards_together", "failures", "refused_early", "nothing", "unlike", "alike", "midst")
 JOBS = {
     2: [
         *("cases", "ddp", "fsdp", "fsdp_mixed", "losses", "empty_passes", "not_finite", "unequal_weights"),
         *("forgotten", "recomputed", "refused", "estimates", "estimates_refused"),
-        *(
-            f"tests.rank_errors.{job}"
-            for job in ("backwards", "backwards_together", "failures", "nothing", "unlike", "alike", "midst")
-        ),
+        *(f"tests.rank_errors.{job}" for job in ERRORS),
     ],
     4: ["cases", "handles", "halves", "estimates", "crash"],
 }
