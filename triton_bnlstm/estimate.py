@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from .packing import Packing
 from .peers import Lockstep, Peers, group_of_layers
 from .statistics import Moments, Statistics, all_finite, slots_of_steps, update_statistics_
 from .whole import Captured, on_host, run_whole
+from .wrapped import Convoy, without_broadcasts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,11 +72,13 @@ def estimate_statistics(
             call this, with as many items as each has, also none, and all get the statistics of all items, as one
             process that has them would; where one fails, all raise. Each batch is one rank's, but "whole" goes through
             the rows of all ranks in lockstep. None: the layers' own groups; if they have none, this process alone.
+            `DistributedDataParallel` in `model` sends no buffers around meanwhile. Ranks that parameters are divided
+            among (`fully_shard`) need equally many items, since they gather them in each call.
 
     Raises:
         TypeError, ValueError: an argument is wrong; a batch of one sequence in a mode that normalises by the batch;
-            statistics that are not finite; in "whole", a layer called more than once for an item; layers that have
-            different groups.
+            unequal numbers of items where parameters are divided among ranks; statistics that are not finite; in
+            "whole", a layer called more than once for an item; layers that have different groups.
         RuntimeError: another rank has failed, or cannot be reached, or torch.distributed is not initialised.
         ImportError: progress=True without rich.
 
@@ -107,7 +111,7 @@ def estimate_statistics(
         forward = _call
     peers = Peers(group_of_layers(layers, GroupHandle(process_group).group))
 
-    with _as_found(model, layers), torch.no_grad(), _uncompiled():
+    with _as_found(model, layers), without_broadcasts(model), torch.no_grad(), _uncompiled():
         if mode == "whole":
             _estimate_whole(model, layers, batches, forward, progress, offload, peers)
         else:
@@ -265,10 +269,14 @@ def _estimate_by_batches(
     for each in collected:
         each.layer._intercept = each.intercept
     empty, error = True, None
+
+    def run(item: Any) -> None:
+        nonlocal empty
+        empty = False
+        forward(model, item)
+
     try:
-        for item in _shown(batches, progress, "population statistics"):
-            empty = False
-            forward(model, item)
+        Convoy(model).go(_shown(batches, progress, "population statistics"), run)
         if not all(each.finite for each in collected):
             raise ValueError(NOT_FINITE)
     except Exception as raised:
@@ -347,7 +355,11 @@ def _estimate_whole(
     for door in doors:
         door.layer._intercept = door.intercept
 
+    convoy, empty = Convoy(model), True
+
     def run(item: Any) -> None:
+        nonlocal empty
+        empty = False
         for door in doors:
             door.calls_of_item = 0
         with suppress(_Stop):
@@ -360,9 +372,8 @@ def _estimate_whole(
         calls: list[Captured] = []
         facts = _facts("whole", layers)
         try:
-            for item in _shown(batches, progress, f"population statistics, layer {number} of {len(doors)}"):
-                empty = False
-                run(item)
+            text = f"population statistics, layer {number} of {len(doors)}"
+            convoy.go(_shown(batches, progress, text), run)
             calls = [on_host(call) for _, call in arrivals]
         except Exception as raised:
             error = raised
@@ -396,9 +407,7 @@ def _estimate_whole(
         target.done = True
     error = None
     try:
-        for item in batches:  # one past the last layer, to see that no layer is called again
-            run(item)
-            break
+        convoy.go(islice(batches, 1), run)  # one past the last layer, to see that no layer is called again
     except Exception as raised:
         error = raised
     peers.settle(error, {})
