@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from tests.rank_jobs import ALL, inputs, raised
 from tests.support import buffers, make_layer
-from triton_bnlstm import BNLSTM, meeting
+from triton_bnlstm import BNLSTM
 
 
 def layers() -> tuple[BNLSTM, BNLSTM]:
@@ -58,6 +58,30 @@ def backwards(rank: int, size: int, folder: Path) -> dict[str, Any]:
     a = run(first, x, lengths).sum()  # its last direction alone, on rank 1 all of them
     part = [first.get_parameter("weight_hh_l1_reverse" if rank == 0 else "weight_hh_l0")]
     results["directions"] = raised(lambda: (torch.autograd.grad(a, part), run(first, x, lengths)))
+    return results
+
+
+class Routed(nn.Module):
+    """Two layers that are called, of which a loss takes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = layers()
+
+    def forward(self, x: Tensor, lengths: list[int], weights: list[float | None]) -> Tensor:
+        parts = [run(layer, x, lengths).sum() for layer in (self.first, self.second)]
+        used = [weight * part for weight, part in zip(weights, parts, strict=True) if weight is not None]
+        return torch.stack(used).sum()
+
+
+def routed(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Ranks under DistributedDataParallel that take another layer each."""
+    x, lengths = inputs(0, rank)
+    results: dict[str, Any] = {}
+    for name, other in (("left out", None), ("weight 0", 0.0)):
+        wrapped = DistributedDataParallel(Routed(), find_unused_parameters=True)
+        loss = wrapped(x, lengths, [1.0, other] if rank == 0 else [other, 1.0])
+        results[name] = raised(loss.backward)
     return results
 
 
@@ -111,6 +135,10 @@ def refused_early(rank: int, size: int, folder: Path) -> dict[str, Any]:
         setattr(layer, name, value)
         results[name] = raised(lambda: loss(x))
         setattr(layer, name, kept)
+    layer.process_group = group = dist.new_group([0, 1])
+    dist.destroy_process_group(group)
+    results["destroyed"] = raised(lambda: loss(x))
+    layer.process_group = "world"
     results["changed"] = [name for name, value in buffers(layer).items() if not torch.equal(value, before[name])]
     results["next"] = raised(lambda: loss(x))
     return results
@@ -184,29 +212,4 @@ def alike(rank: int, size: int, folder: Path) -> dict[str, Any]:
             second.get_parameter("weight_ih_l0").fill_(value)
         with warnings.catch_warnings(record=True):
             results[str(value)] = raised(lambda: run(second, x, lengths))
-    return results
-
-
-def midst(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """Rank 1 fails in the midst of a forward, then of a backward, and goes on; groups that are destroyed."""
-    x, lengths = inputs(0, rank)
-    results: dict[str, Any] = {}
-    for where, of in (("forward", "merge_step"), ("backward", "sum_gradients")):
-        group = dist.new_group([0, 1], timeout=timedelta(seconds=3))  # so long rank 0 waits for rank 1
-        layer = make_layer(**ALL, process_group=group)
-
-        def fail(*_: Any) -> Any:
-            raise MemoryError("no memory is left")
-
-        def step(layer: BNLSTM = layer, of: str = of) -> None:
-            loss = run(layer, x, lengths).sum() if of == "sum_gradients" else None
-            with mock.patch.object(meeting.Ranks, of, fail if rank == 1 else getattr(meeting.Ranks, of)):
-                (run(layer, x, lengths) if loss is None else loss).sum().backward()
-
-        results[where] = raised(step)
-        results[f"after {where}"] = raised(lambda layer=layer: run(layer, x, lengths))  # type: ignore[misc]
-    group = dist.new_group([0, 1])
-    layer = make_layer(**ALL, process_group=group)
-    dist.destroy_process_group(group)
-    results["destroyed"] = raised(lambda: run(layer, x, lengths))
     return results

@@ -269,7 +269,8 @@ def test_an_estimate_that_fails_on_one_rank_fails_on_all(ranks, what):
         assert found["changed"] == []
 
 
-def test_a_rank_that_crashes(ranks):
+def test_a_rank_that_fails_in_the_midst_and_ends(ranks):
+    """It has left the others, so it says nothing more that they would take for the rest of what they are at."""
     results = ranks(4, "crash")
     assert results[1] is results[3] is None
     for found, where in ((results[0], "forward"), (results[2], "backward")):
@@ -277,6 +278,11 @@ def test_a_rank_that_crashes(ranks):
         # all is learnt at the end of a forward: of one that failed nothing, while a backward stands on one that did not
         assert (found["changed"] == []) == (where == "forward")
         assert found["seconds"] < GROUP_SECONDS  # gloo sees at once that a process has gone
+        error, later = found["other"].split("\n")
+        assert error == "MemoryError: no memory is left"
+        for own, then in ((error, later), (found["error"], found["later"])):
+            assert re.match("CollectiveError: process_group: this group cannot be used any more, ", then)
+            assert then.endswith(own)
 
 
 # Without a group

@@ -11,12 +11,13 @@ from filelock import FileLock
 
 from tests.support.ranks import results_of, run_ranks
 
-ERRORS = ("backwards", "backwards_together", "failures", "refused_early", "nothing", "unlike", "alike", "midst")
 JOBS = {
     2: [
         *("cases", "ddp", "fsdp", "fsdp_mixed", "losses", "empty_passes", "not_finite", "unequal_weights"),
         *("forgotten", "recomputed", "refused", "estimates", "estimates_refused"),
-        *(f"tests.rank_errors.{job}" for job in ERRORS),
+        *("tests.rank_errors.backwards", "tests.rank_errors.routed", "tests.rank_errors.backwards_together"),
+        *("tests.rank_errors.failures", "tests.rank_errors.refused_early", "tests.rank_errors.nothing"),
+        *("tests.rank_errors.unlike", "tests.rank_errors.alike"),
     ],
     4: ["cases", "handles", "halves", "estimates", "crash"],
 }
