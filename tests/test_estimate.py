@@ -309,6 +309,9 @@ def test_progress_is_shown(capsys, monkeypatch):
 
 def test_bad_arguments():
     layer = make_layer()
+    with pytest.raises(TypeError, match=r"batches: an item does not fit .*too many.*forward=lambda model, item"):
+        estimate_statistics(nn.Sequential(layer), [(data(), torch.zeros(8))])
+    estimate_statistics(layer, [(data(), torch.zeros(8))], forward=lambda model, item: model(item[0]))
     with pytest.raises(TypeError, match="model"):
         estimate_statistics(lambda x: x, [data()])
     with pytest.raises(ValueError, match="mode"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -124,11 +125,22 @@ def _uncompiled() -> AbstractContextManager[Any]:
 
 
 def _call(model: nn.Module, item: Any) -> Any:
+    args: tuple[Any, ...] = ()
+    named: dict[str, Any] = {}
     if isinstance(item, Mapping):
-        return model(**item)
-    if isinstance(item, tuple | list) and not isinstance(item, PackedSequence):
-        return model(*item)
-    return model(item)
+        named = dict(item)
+    elif isinstance(item, tuple | list) and not isinstance(item, PackedSequence):
+        args = tuple(item)
+    else:
+        args = (item,)
+    try:
+        inspect.signature(model.forward).bind(*args, **named)
+    except TypeError as error:
+        raise TypeError(
+            f"batches: an item does not fit the model's forward ({error}). Where it holds more than the model's "
+            "inputs, such as labels, say how the model is called: forward=lambda model, item: model(item[0])"
+        ) from None
+    return model(*args, **named)
 
 
 @contextmanager
