@@ -63,15 +63,20 @@ def test_whichever_output_goes_on(which):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
 
 
-def test_what_a_call_took_lives_as_long_as_its_graph():
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_what_a_call_took_lives_as_long_as_its_graph(use_reentrant):
     layer = make_layer()
-    output = layer(torch.randn(6, 4, 3).double(), lengths=RAGGED)[0]
-    assert len(layer._calls.with_graph) == 1
+
+    def one(x):
+        return layer(x, lengths=RAGGED)[0]
+
+    x = torch.randn(6, 4, 3).double().requires_grad_()
+    output = one(x) if use_reentrant is None else checkpoint(one, x, use_reentrant=use_reentrant)
+    assert len(list(layer._calls._all())) == (use_reentrant is not None)
     output.sum().backward()
     del output
     gc.collect()
-    assert len(layer._calls.with_graph) == 0
-    assert not layer._calls.without_graph
+    assert not list(layer._calls._all())
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

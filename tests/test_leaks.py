@@ -58,8 +58,9 @@ def of_the_layer(layer: BNLSTM) -> dict[str, int]:
     attributes = len(vars(layer)) + len(layer._parameters) + len(layer._buffers)
     hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks)
     return {
-        "with graph": len(calls.with_graph),
-        "without graph": len(calls.without_graph),
+        "calls of frames": len(calls.of_frames),
+        "calls of nodes": len(calls.of_nodes),
+        "calls without graph": len(calls.without_graph),
         "attributes": attributes,
         "hooks": hooks,
     }

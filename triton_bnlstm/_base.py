@@ -18,7 +18,7 @@ from .initial import initialise_
 from .meeting import Ranks, train_together
 from .packing import Packing
 from .precision import compute_dtype, in_dtype
-from .recompute import Calls, fingerprint, in_backward, place_in_graph
+from .recompute import Calls, in_backward, unwatched
 from .reference import Call, Parameters, Problem, accumulation_dtype
 from .resolved import forget, resolved_statistics
 from .statistics import (
@@ -389,22 +389,19 @@ class BNLSTMBase(Grouped):
     def _run_training(
         self, x: Tensor, packing: Packing, hx: States | None, start: int, ranks: Ranks | None = None
     ) -> Pass:
-        whole = packing if ranks is None else ranks.whole
+        whole, again = packing if ranks is None else ranks.whole, in_backward()
         if whole.equal:  # nothing is taken from the population
             populations: list[Population | None] = [None] * len(self._all_suffixes())
-            if in_backward():
-                return self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
-            done = self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
         else:
-            mark = fingerprint(x, packing, hx, start)
-            if in_backward():
-                populations = self._calls.find(mark)
-                return self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
-            began, populations = place_in_graph(), self._batch_populations(whole, start)
-            done = self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
-            if not transformed():  # nor can a checkpoint run again in there
-                self._calls.remember(mark, began, populations, (done.rows, done.h_n, done.c_n))
-        self._learn(done.moments, whole.batch, start)
+            with unwatched():
+                found = self._calls.find(x, packing, hx, start) if again else None
+                populations = found or self._batch_populations(whole, start)
+        done = self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
+        with unwatched():
+            if not whole.equal and not transformed():  # nor can a checkpoint run again in there
+                self._calls.remember(x, packing, hx, start, populations, (done.rows, done.h_n, done.c_n))
+            if not again:
+                self._learn(done.moments, whole.batch, start)
         return done
 
     def _learn(self, moments: list[Statistics | None], batch: int, start: int) -> None:
