@@ -312,6 +312,9 @@ def test_bad_arguments():
     with pytest.raises(TypeError, match=r"batches: an item does not fit .*too many.*forward=lambda model, item"):
         estimate_statistics(nn.Sequential(layer), [(data(), torch.zeros(8))])
     estimate_statistics(layer, [(data(), torch.zeros(8))], forward=lambda model, item: model(item[0]))
+    unpacking = nn.Sequential(layer)
+    unpacking.register_forward_pre_hook(lambda model, args: args[:1])  # it fits once the hook has been there
+    estimate_statistics(unpacking, [(data(), torch.zeros(8))])
     with pytest.raises(TypeError, match="model"):
         estimate_statistics(lambda x: x, [data()])
     with pytest.raises(ValueError, match="mode"):

@@ -164,7 +164,7 @@ def test_what_is_known_to_wait_does_so_on_a_cpu_only():
     """`_tell_skipped_steps` is called in training where `finite` is on a CPU, and otherwise when the mode changes."""
     layer = make_layer()
     looked = []
-    layer._tell_skipped_steps = lambda: looked.append(1)
+    layer._tell_skipped_steps = lambda **_: looked.append(1)
 
     class Elsewhere:
         """What `update_statistics_` gives where it must not be looked at."""

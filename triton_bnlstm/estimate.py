@@ -134,13 +134,16 @@ def _call(model: nn.Module, item: Any) -> Any:
     else:
         args = (item,)
     try:
-        inspect.signature(model.forward).bind(*args, **named)
+        return model(*args, **named)
     except TypeError as error:
-        raise TypeError(
-            f"batches: an item does not fit the model's forward ({error}). Where it holds more than the model's "
-            "inputs, such as labels, say how the model is called: forward=lambda model, item: model(item[0])"
-        ) from None
-    return model(*args, **named)
+        try:
+            inspect.signature(model.forward).bind(*args, **named)
+        except TypeError as reason:
+            raise TypeError(
+                f"batches: an item does not fit the model's forward ({reason}). Where it holds more than the model's "
+                "inputs, such as labels, say how the model is called: forward=lambda model, item: model(item[0])"
+            ) from error
+        raise
 
 
 @contextmanager
