@@ -134,7 +134,10 @@ def test_a_hang_is_told_with_every_position(monkeypatch):
     lines = str(caught.value).splitlines()
     assert lines[0].endswith("not finished after 2 s: (0, 0, 0), (1, 0, 0)")
     # it may be looked at in the midst of one of the interpreter's operations, as of any made by a dataclass
-    waits = r"(?:<string>:\d+ in \w+, called from )?barrier.py:\d+ in wait, called from forward.py:\d+ in forward_kernel \(t = 1, target = 2\)"
+    waits = (
+        r"(?:<string>:\d+ in \w+, called from )?"
+        r"barrier.py:\d+ in wait, called from forward.py:\d+ in forward_kernel \(t = 1, target = 2\)"
+    )
     assert [re.sub(waits, "waits", line) for line in lines[1:]] == [
         "  program (0, 0, 0): waits",
         "  program (0, 1, 0): finished",
