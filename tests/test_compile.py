@@ -441,20 +441,3 @@ def test_second_derivatives_are_refused(compiler, match):
     run = compiled(layer, compiler)
     with pytest.raises(RuntimeError, match=match):
         torch.autograd.grad(run(x)[0].square().sum(), x, create_graph=True)[0].sum().backward()
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_start_is_an_argument_of_an_exported_program(training):
-    """As T, B and lengths are: for all of which it is the layer."""
-    layer = layer_of("reference", bidirectional=True, max_length=5).train(training)
-    free = torch.export.Dim.DYNAMIC
-    shapes = {"input": {0: free, 1: free}, "hx": None, "lengths": {0: free}, "start": free}
-    exported = copy.deepcopy(layer)  # whose statistics the program has, and trains
-    program = torch.export.export(exported, (data(layer, 6, 3), None, RAGGED, 2), dynamic_shapes=shapes).module()
-    for steps, lengths, start in ((6, [6, 2, 4], 2), (3, [2, 3], 0), (4, [4, 1, 1, 2], 30)):
-        x, lengths = data(layer, steps, len(lengths)), torch.tensor(lengths)
-        found, expected = program(x, None, lengths, start), layer(x, lengths=lengths, start=start)
-        torch.testing.assert_close(found, expected, **CLOSE)
-        torch.testing.assert_close(buffers(exported), buffers(layer), **CLOSE)
-    with pytest.raises(AssertionError, match="start >= 0"):
-        program(x, None, lengths, -1)

@@ -247,6 +247,9 @@ class BNLSTMBase(Grouped):
 
     def train(self, mode: bool = True) -> BNLSTMBase:
         """Training mode (batch statistics) or evaluation (population statistics)."""
+        if torch.compiler.is_compiling():
+            super().train(mode)
+            return self
         if not mode:
             self._tell_skipped_steps()
         for suffix in self._all_suffixes():
