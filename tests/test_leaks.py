@@ -10,6 +10,7 @@ import sys
 import weakref
 from contextlib import nullcontext
 from importlib import import_module
+from itertools import pairwise
 
 import pytest
 import torch
@@ -118,8 +119,10 @@ def test_a_thousand_steps_of_changing_sizes(backend):
         work(layer, optimiser, step)
     seen.append((live_tensors(), containers(), of_the_layer(layer)))
     assert seen[0][2]["calls without graph"] == 16
-    assert seen[1] == seen[0]
-    assert seen[2] == seen[0]
+    for (tensors, *others), (later, *others_later) in pairwise(seen):
+        assert others_later == others
+        # what earlier tests of this process have left may go meanwhile
+        assert all(new <= old for new, old in zip(later, tensors, strict=True))
 
 
 @pytest.mark.parametrize(
