@@ -222,6 +222,27 @@ def test_a_call_that_was_forgotten_is_no_others():
         output.sum().backward()
 
 
+def test_what_another_thread_forgot_is_no_hindrance():
+    """Numbers of nodes begin anew in each thread."""
+    layer, x, failed = make_layer(seen=False), batch().requires_grad_(), []
+    for k in range(30):
+        (x * k).sum()  # numbers of this thread, beyond those of a new one
+    with torch.no_grad():
+        for _ in range(17):
+            one(layer, batch())
+
+    def elsewhere():
+        try:
+            checkpoint(partial(one, layer), x, use_reentrant=True).sum().backward()
+        except RuntimeError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert not failed
+
+
 def test_calls_that_cannot_be_told_apart_are_refused():
     """A function of somebody's own that computes again, on what two calls were made on."""
     layer, x = make_layer(seen=False), batch()

@@ -163,7 +163,7 @@ class Calls:
         self.of_frames: weakref.WeakKeyDictionary[Any, list[_Call]] = weakref.WeakKeyDictionary()
         self.of_nodes: weakref.WeakSet[_Call] = weakref.WeakSet()
         self.without_graph: list[_Call] = []
-        self.forgotten = -1  # of those that nothing kept, the latest beginning
+        self.forgotten: dict[int, int] = {}  # by thread: of those that nothing kept, the latest beginning
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calls:
         """None of them: they are the original's to run again."""
@@ -196,7 +196,8 @@ class Calls:
         if not graph:
             self.without_graph.append(call)
             if len(self.without_graph) > GRAPHLESS_CALLS:
-                self.forgotten = max(self.forgotten, self.without_graph.pop(0).began)
+                oldest = self.without_graph.pop(0)
+                self.forgotten[oldest.thread] = max(oldest.began, self.forgotten.get(oldest.thread, -1))
         elif not frames:
             self._keep(call, [result.grad_fn for result in results])
 
@@ -241,10 +242,10 @@ class Calls:
         # of nodes that other threads make numbers may be higher by chance; its own are the next
         calls.sort(key=lambda call: (call.began, call.number))
         call = self._next(calls, (torch._C._current_graph_task_id(), number))
-        if number < self.forgotten and call not in self.of_nodes:
-            raise RuntimeError(_GONE)  # its own came before the one that was forgotten
         if call is None:
             return None
+        if number < self.forgotten.get(call.thread, -1) and call not in self.of_nodes:
+            raise RuntimeError(_GONE)  # its own came before the one that was forgotten
         for other in calls:
             at_once = call.began == number + 1 != other.began  # without a graph there is no node in between
             if other.thread != call.thread and not at_once and self._may_be(other, call, mark):
