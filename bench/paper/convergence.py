@@ -45,14 +45,15 @@ SIZES: dict[str, Settings] = {
         },
     },
     "reduced": {
-        "about": "MNIST's 5,000 images averaged to 14×14 (196 steps instead of 784), 64 units instead of 100, 500 batches of "
-        "100; text with 128 units instead of 1000, T = 50 instead of 100 and 1,000 batches; Adam, 3 rates, 5 seeds",
+        "about": "MNIST's 5,000 images averaged to 14×14 (196 steps instead of 784), 48 units instead of 100, 700 batches of "
+        "64 instead of 10,000 of 100; text with 96 units instead of 1000, T = 50 instead of 100, 700 batches of 32 instead "
+        "of 5,000 of 64; Adam, 3 rates, 5 seeds",
         **_GRID,
         "tasks": {
-            "digits": {"hidden": 64, "batch": 64, "steps": 1000, "noise": 0.1},
-            "text": {"hidden": 128, "batch": 64, "steps": 1000, "length": 50, "noise": 0.0},
-            "mnist": {"hidden": 64, "batch": 100, "steps": 500, "side": 14, "noise": 0.1},
-            "pmnist": {"hidden": 64, "batch": 100, "steps": 500, "side": 14, "noise": 0.1},
+            "digits": {"hidden": 48, "batch": 32, "steps": 700, "noise": 0.1},
+            "text": {"hidden": 96, "batch": 32, "steps": 700, "length": 50, "noise": 0.0},
+            "mnist": {"hidden": 48, "batch": 64, "steps": 700, "side": 14, "noise": 0.1},
+            "pmnist": {"hidden": 48, "batch": 64, "steps": 700, "side": 14, "noise": 0.1},
         },
     },
     "full": {
