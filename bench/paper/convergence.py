@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -228,12 +227,12 @@ def said(model: str, losses: list[float], of_lstm: list[float]) -> str:
     return f"{model} {verdict} ({numbers})."
 
 
-def plot(settings: Settings, results: Results, path: Path, note: str) -> None:
+def figure(settings: Settings, results: Results, note: str) -> Figure:
     """Validation loss over steps for each task, mean and range of the seeds."""
     tasks = list(settings["tasks"])
     columns = min(2, len(tasks))
-    figure = Figure(figsize=(4.6 * columns, 3.4 * math.ceil(len(tasks) / columns) + 0.7), dpi=130, layout="constrained")
-    grid = figure.subplots(math.ceil(len(tasks) / columns), columns, squeeze=False).flat
+    drawn = Figure(figsize=(4.6 * columns, 3.4 * math.ceil(len(tasks) / columns) + 0.7), dpi=130, layout="constrained")
+    grid = drawn.subplots(math.ceil(len(tasks) / columns), columns, squeeze=False).flat
     for axes, task in zip(grid, tasks, strict=False):
         scale = 1 / math.log(2) if task == "text" else 1.0
         for model in MODELS:
@@ -255,5 +254,5 @@ def plot(settings: Settings, results: Results, path: Path, note: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     count = len(settings["seeds"])
-    figure.suptitle(f"{TITLE}\nmean and range of {count} seeds, running statistics; {note}", fontsize=10)
-    figure.savefig(path)
+    drawn.suptitle(f"{TITLE}\nmean and range of {count} seeds, running statistics; {note}", fontsize=10)
+    return drawn

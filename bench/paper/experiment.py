@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Settings = dict[str, Any]  # JSON: what a size is made of
 Results = dict[str, Any]  # what a job returned, by its key
@@ -49,8 +51,11 @@ class Experiment(Protocol):
     def tables(self, settings: Settings, results: Results) -> list[str]:
         """Lines of Markdown, from complete results or from a part of them."""
 
-    def plot(self, settings: Settings, results: Results, path: Path, note: str) -> None:
-        """Draw the figure. note: the device and size, for a place below the title."""
+    def summary(self, settings: Settings, results: Results) -> list[str]:
+        """A few lines of Markdown for README, from complete results."""
+
+    def figure(self, settings: Settings, results: Results, note: str) -> Figure:
+        """The figure. note: the device and size, for a place below the title."""
 
 
 def load(name: str) -> Experiment:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from bench.report import png
 
 from .experiment import load
 from .record import Record
@@ -36,11 +40,25 @@ def tables(record: Record) -> str:
     return "\n".join([*head, *experiment.tables(record.settings, record.results)]) + "\n"
 
 
-def plot(record: Record) -> Path:
-    """Draw the plot; where it is."""
+def _described(record: Record) -> str:
+    """What the picture says of the results and settings that it was drawn from."""
+    told = {name: record.content[name] for name in ("experiment", "size", "settings")}
+    text = json.dumps([told, record.results], sort_keys=True)
+    return png.description(record.path.stem, hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def draw(record: Record) -> Path:
+    """Draw the figure beside the record; where it is."""
     path = record.path.with_suffix(".png")
-    load(record.content["experiment"]).plot(record.settings, record.results, path, note(record))
+    figure = load(record.content["experiment"]).figure(record.settings, record.results, note(record))
+    figure.savefig(path, metadata={png.KEY: _described(record)})
     return path
+
+
+def is_drawn(record: Record) -> bool:
+    """Whether the figure beside the record is of these results."""
+    path = record.path.with_suffix(".png")
+    return path.exists() and png.described(path) == _described(record)
 
 
 def show(record: Record, console: Console) -> None:
@@ -49,6 +67,6 @@ def show(record: Record, console: Console) -> None:
     console.print(text, highlight=False, markup=False)
     path = record.path.with_suffix(".md")
     path.write_text(text, encoding="utf-8")
-    drawn = plot(record)
+    drawn = draw(record)
     for written in (record.path, path, drawn):
         console.print(f"Wrote {written}", highlight=False, markup=False, soft_wrap=True)

@@ -20,11 +20,11 @@ from .data import Sequences
 from .ensemble import Ensemble, Member, Plan, inputs, scores
 from .experiment import Job, Report, Results, Settings
 from .formulations import FORMULATIONS
-from .lengths_plot import plot
-from .lengths_tables import tables
+from .lengths_plot import figure
+from .lengths_tables import summary, tables
 from .numbers import rounded
 
-__all__ = ["SIZES", "TITLE", "jobs", "plot", "run", "tables"]
+__all__ = ["SIZES", "TITLE", "figure", "jobs", "run", "summary", "tables"]
 
 TITLE = "Unequal lengths: which rows a step's statistics are made of"
 LOADERS = {"vowels": data.load_vowels, "spoken": data.load_spoken, "sentences": data.load_sentences}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from statistics import fmean
 
 from matplotlib.axes import Axes
@@ -15,21 +14,21 @@ COLOURS = {"time": "#c8500f", "sequence": "#1f5fa8"}
 LSTM = "#2b8a3e"
 
 
-def plot(settings: Settings, results: Results, path: Path, note: str) -> None:
+def figure(settings: Settings, results: Results, note: str) -> Figure:
     """Test loss of every formulation, all sequences above and the longest tenth below; each seed is a dot."""
     sets = [of for of in settings["sets"] if finals(settings, results, of)]
-    figure = Figure(figsize=(3.1 * max(1, len(sets)) + 1.4, 7.2), dpi=130, layout="constrained")
-    grid = figure.subplots(2, max(1, len(sets)), squeeze=False, sharey=True)
+    drawn = Figure(figsize=(3.1 * max(1, len(sets)) + 1.4, 7.2), dpi=130, layout="constrained")
+    grid = drawn.subplots(2, max(1, len(sets)), squeeze=False, sharey=True)
     for column, of in enumerate(sets):
         for row, what in enumerate(("loss", "long_loss")):
             axes = grid[row, column]
             _panel(axes, settings, results, of, what)
             axes.set_title(SHORT[of] + (", longest tenth" if row else ""), fontsize=10)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    drawn.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     seeds = len(settings["seeds"])
-    figure.suptitle(f"Test loss by what a step's statistics are made of\ncell norm, {seeds} seeds (dots), mean (bar); {note}", fontsize=10)
-    figure.savefig(path)
+    drawn.suptitle(f"Test loss by what a step's statistics are made of\ncell norm, {seeds} seeds (dots), mean (bar); {note}", fontsize=10)
+    return drawn
 
 
 def _panel(axes: Axes, settings: Settings, results: Results, of: str, what: str) -> None:
