@@ -36,8 +36,8 @@ def layers(cell_norm: bool = True, input_stats: str = "time", prior_count: int |
             prior_count=prior_count,
             dtype=torch.float64,
         )
-        for gamma in (layer.gamma_ih_l0, layer.gamma_hh_l0):
-            nn.init.uniform_(gamma, 0.3, 1.5)  # so that a forgotten γ would show
+        for name in ("gamma_ih_l0", "gamma_hh_l0"):
+            nn.init.uniform_(layer.get_parameter(name), 0.3, 1.5)  # so that a forgotten γ would show
         made.append(layer)
     return made
 

@@ -62,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", type=Path, metavar="DIR", help="where files go (default: bench/results/paper)")
     made.add_argument("--fresh", action="store_true", help="forget earlier results of this experiment and size")
-    made.add_argument("--check", action="store_true", help="with report: write nothing; exit 1 if anything is out of date")
+    made.add_argument(
+        "--check", action="store_true", help="with report: write nothing; exit 1 if anything is out of date"
+    )
     return made
 
 

@@ -44,9 +44,9 @@ SIZES: dict[str, Settings] = {
         },
     },
     "reduced": {
-        "about": "MNIST's 5,000 images averaged to 14×14 (196 steps instead of 784), 48 units instead of 100, 700 batches of "
-        "64 instead of 10,000 of 100; text with 96 units instead of 1000, T = 50 instead of 100, 700 batches of 32 instead "
-        "of 5,000 of 64; Adam, 3 rates, 5 seeds",
+        "about": "MNIST's 5,000 images averaged to 14×14 (196 steps instead of 784), 48 units instead of 100, 700 "
+        "batches of 64 instead of 10,000 of 100; text with 96 units instead of 1000, T = 50 instead of 100, 700 batches "
+        "of 32 instead of 5,000 of 64; Adam, 3 rates, 5 seeds",
         **_GRID,
         "tasks": {
             "digits": {"hidden": 48, "batch": 32, "steps": 700, "noise": 0.1},
@@ -56,8 +56,8 @@ SIZES: dict[str, Settings] = {
         },
     },
     "full": {
-        "about": "MNIST's 5,000 images as 784 steps, 100 units, 10,000 batches of 100; text with 1000 units, T = 100, 5,000 "
-        "batches of 64; Adam, 4 rates, 5 seeds",
+        "about": "MNIST's 5,000 images as 784 steps, 100 units, 10,000 batches of 100; text with 1000 units, T = 100, "
+        "5,000 batches of 64; Adam, 4 rates, 5 seeds",
         **_GRID,
         "rates": [0.0003, 0.001, 0.003, 0.01],
         "tasks": {
@@ -134,11 +134,16 @@ def run(arguments: dict[str, Any], settings: Settings, device: str, report: Repo
         report(arguments["work"] / of["steps"])
         if done % every == 0 or done == of["steps"]:
             found = learning.scores(model, validation, on)
-            curve.append((done, *rounded([found["loss"], found["accuracy"]])))
+            loss, accuracy = rounded([found["loss"], found["accuracy"]])
+            curve.append((done, loss, accuracy))
 
     batches = task.batches(of["batch"], arguments["seed"])
     losses = learning.train(model, batches, optimiser, of["steps"], on, each=each)
-    result = {"curve": curve, "losses": _means(losses, LOOKS), "validation": learning.scores(model, validation, on)}
+    result: dict[str, Any] = {
+        "curve": curve,
+        "losses": _means(losses, LOOKS),
+        "validation": learning.scores(model, validation, on),
+    }
     if not arguments["final"]:
         return result
     by = {"running": result["validation"]}
@@ -198,7 +203,8 @@ def _table(
     unit, other = ("bits per character", "accuracy, %") if text else ("test loss, nats", "test accuracy, %")
     target = fmean(run["validation"]["loss"] for run in runs["LSTM"])
     lines = [
-        f"*{TITLES[task]}*: {len(runs['LSTM'])} seeds, {of['steps']} steps of {of['batch']} sequences, H = {of['hidden']}",
+        f"*{TITLES[task]}*: {len(runs['LSTM'])} seeds, {of['steps']} steps of {of['batch']} sequences, "
+        f"H = {of['hidden']}",
         "",
         f"| model | rate | {unit} | {other} | steps to LSTM's final validation loss |",
         "|:--|--:|--:|--:|--:|",

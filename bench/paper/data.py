@@ -1,4 +1,4 @@
-"""Real data out of installed packages: pixel images and text for equal lengths; words, sounds and sentences for unequal.
+"""Real data out of installed packages: pixel images and text for equal lengths; sounds and sentences for unequal.
 
 Splits are the same for every seed. A validation part is there to choose by (learning rates, statistics), and the test
 part is looked at once for each trained model.
@@ -53,7 +53,10 @@ class Sequences(NamedTuple):
 
 
 class Text(NamedTuple):
-    """One long text as numbers of characters, [·] int64 each part; characters: which they are; source: a fingerprint."""
+    """One long text as numbers of characters, [·] int64 each part.
+
+    characters: which they are. source: a fingerprint.
+    """
 
     train: Tensor
     validation: Tensor
@@ -130,7 +133,8 @@ def load_text() -> Text:
     for k, topic in enumerate(topics):
         part = {7: 1, 13: 2, 17: 2}.get(k % 20, 0)
         parts[part] += [number.get(c, 0) for c in topic]
-    return Text(*(torch.tensor(part) for part in parts), "\N{REPLACEMENT CHARACTER}" + "".join(common), _fingerprint(text))
+    train, validation, test = (torch.tensor(part) for part in parts)
+    return Text(train, validation, test, "\N{REPLACEMENT CHARACTER}" + "".join(common), _fingerprint(text))
 
 
 def load_spoken() -> Sequences:
@@ -185,6 +189,8 @@ def load_sentences(longest: int = 80, shortest: int = 10) -> Sequences:
     return Sequences(x, lengths, y, *parts, classes=len(common) + 1, source=_fingerprint(text))
 
 
-def _pad(sequences: list[Tensor], y: Tensor, parts: tuple[Tensor, Tensor, Tensor], classes: int, source: str) -> Sequences:
+def _pad(
+    sequences: list[Tensor], y: Tensor, parts: tuple[Tensor, Tensor, Tensor], classes: int, source: str
+) -> Sequences:
     x = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     return Sequences(x, torch.tensor([len(s) for s in sequences]), y, *parts, classes=classes, source=source)

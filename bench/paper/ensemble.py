@@ -46,7 +46,7 @@ class Member(nn.Module):
         self.every_step = every_step
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """x [T, B, D], lengths [B] → logits [B, classes] after each sequence's last step, or [T, B, classes]."""
+        """X [T, B, D], lengths [B] → logits [B, classes] after each sequence's last step, or [T, B, classes]."""
         if isinstance(self.layer, BNLSTM):
             rows, (h_n, _) = self.layer(x, lengths=lengths)
         else:
@@ -75,7 +75,7 @@ def features(data: Sequences) -> int:
 
 
 def inputs(data: Sequences, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, B, D] as long as the longest, lengths [B] and targets, [B] or [T, B], of sequences in the order given."""
+    """X [T, B, D] as long as the longest, lengths [B] and targets, [B] or [T, B], of sequences in the order given."""
     lengths = data.lengths[positions]
     steps = int(lengths.max())
     x, y = data.x[positions, :steps], data.y[positions]
@@ -164,7 +164,7 @@ class Ensemble:
         return found
 
     def logits(self, h: Tensor, lengths: Tensor) -> Tensor:
-        """h [T, S, B, H] → [S, B, classes] after each sequence's last step, or [T, S, B, classes]."""
+        """H [T, S, B, H] → [S, B, classes] after each sequence's last step, or [T, S, B, classes]."""
         weight, bias = self.readout
         if self.every_step:
             return torch.einsum("tsbh,skh->tsbk", h, weight) + bias[:, None]
@@ -223,7 +223,7 @@ class Ensemble:
         """One member in eval, with its running statistics of one kind."""
         if self.formulation.counted == "none":
             layer: nn.Module = nn.LSTM(features(self.data), self.plan.hidden)
-            layer.bias_hh_l0.zero_()
+            layer.get_parameter("bias_hh_l0").zero_()
             names = {"weight_ih": "weight_ih_l0", "weight_hh": "weight_hh_l0", "bias": "bias_ih_l0"}
         else:
             layer = _bnlstm(self.data, self.plan)

@@ -21,8 +21,8 @@ SIZES = ("quick", "reduced", "full")
 class Job(NamedTuple):
     """One part that is run as a whole, in a process of its own, and whose result is kept.
 
-    key: its name in the record. arguments: JSON. work: how much it is, in any unit that all jobs of the experiment share;
-    the job reports as much by the end.
+    key: its name in the record. arguments: JSON. work: how much it is, in any unit that all jobs of the experiment
+    share; the job reports as much by the end.
     """
 
     key: str

@@ -126,7 +126,8 @@ class Running:
 
     def of_member(self, member: int) -> Moments:
         """One member's slots, as the library's buffers hold them."""
-        return Moments(*(each[:, member].clone() for each in (self.mean, self.var)), self.count[:, member, 0].clone())
+        mean, var, count = self.mean[:, member], self.var[:, member], self.count[:, member, 0]
+        return Moments(mean.clone(), var.clone(), count.clone())
 
 
 class Own(NamedTuple):
@@ -134,14 +135,14 @@ class Own(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody asks for
 
 
 Prior = tuple[Tensor, Tensor, Tensor]  # means and variances [T, S, C] of phantom rows, the batch's share [T, S, 1]
 
 
 def counted_rows(formulation: Formulation, lengths: Tensor, steps: int) -> Tensor:
-    """Mask [T, S, B] of the rows that statistics are made of: no member counts steps beyond its own longest sequence."""
+    """Mask [T, S, B] of the rows that statistics are made of; none beyond a member's own longest sequence."""
     step = torch.arange(steps, device=lengths.device)[:, None, None]
     if formulation.counted in ("padded", "frozen"):
         return step < lengths.amax(1, keepdim=True).expand_as(lengths)
@@ -170,7 +171,9 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: Any, z: Tensor, term: Tensor, gamma: Tensor, mask: Tensor, count: Tensor, *prior: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = mask.transpose(-1, -2) / count[..., None]  # [.., 1, B]: sums as products, faster than a mask and a sum
+        weights = (
+            mask.transpose(-1, -2) / count[..., None]
+        )  # [.., 1, B]: sums as products, faster than a mask and a sum
         mean = weights @ z
         deviation = z - mean
         own_var = (weights @ deviation.square()).squeeze(-2)
@@ -202,7 +205,7 @@ class _Normalise(torch.autograd.Function):
 def normalise(
     z: Tensor, term: Tensor, gamma: Tensor, mask: Tensor, count: Tensor, prior: tuple[Tensor, ...] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """term + γ · rows z [.., B, C] less their mean, over their deviation; and the rows' own mean and variance [.., C].
+    """Term + γ · rows z [.., B, C] less their mean, over their deviation; and the rows' own mean and variance [.., C].
 
     Args:
         z: rows.
@@ -298,7 +301,8 @@ def forward(
         outputs.append(h if n == rows else torch.nn.functional.pad(h, (0, 0, 0, rows - n)))
     for name, found in (("ih", found_ih), ("hh", found_hh), ("c", found_c)):
         if found:
-            own[name] = Own(*(torch.stack(each) for each in zip(*found, strict=True)), count)
+            mean, var = (torch.stack(each) for each in zip(*found, strict=True))
+            own[name] = Own(mean, var, count)
     return torch.stack(outputs), own
 
 

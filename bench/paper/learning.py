@@ -1,4 +1,4 @@
-"""Training a layer of the library, or nn.LSTM, on sequences of equal length: images to be classified, text to be told on.
+"""Training a layer of the library, or nn.LSTM, on sequences of equal length: images to classify, text to go on with.
 
 A task gives batches and scores; `train` does the rest, the same for all models.
 """
@@ -29,7 +29,7 @@ class Model(nn.Module):
         self.every_step = every_step
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, B, D] → logits [B, classes], or [T, B, classes]."""
+        """X [T, B, D] → logits [B, classes], or [T, B, classes]."""
         rows, (h_n, _) = self.layer(x)
         logits: Tensor = self.readout(rows if self.every_step else h_n[-1])
         return logits
@@ -113,11 +113,12 @@ def layer_of(model: str, task: Task, hidden_size: int, **options: Any) -> nn.Mod
     if model == "LSTM":
         layer = nn.LSTM(task.features, hidden_size)
         with torch.no_grad():  # what differs should be batch norm: recurrent weights and biases begin as BNLSTM's
-            for weight in layer.weight_hh_l0.chunk(4):
+            for weight in layer.get_parameter("weight_hh_l0").chunk(4):
                 nn.init.orthogonal_(weight)
-            layer.bias_ih_l0.zero_()
-            layer.bias_hh_l0.zero_()
-            layer.bias_ih_l0.chunk(4)[1].fill_(1)
+            bias_ih, bias_hh = layer.get_parameter("bias_ih_l0"), layer.get_parameter("bias_hh_l0")
+            bias_ih.zero_()
+            bias_hh.zero_()
+            bias_ih.chunk(4)[1].fill_(1)
         return layer
     return BNLSTM(
         task.features, hidden_size, **{"max_length": task.steps, "cell_norm": model.endswith("cell norm"), **options}

@@ -1,8 +1,8 @@
 """Unequal lengths: each way of taking batch statistics, with statistics of the input over time or over sequences.
 
-`formulations` says what they are. All have the same budget, batches, initial weights and rate for each seed, so they are
-compared seed by seed. The rate is chosen for nn.LSTM and for batch norm, on validation data and other seeds: for batch
-norm as the best one of a panel of formulations together, so that none of them chooses for the others.
+`formulations` says what they are. All have the same budget, batches, initial weights and rate for each seed, so they
+are compared seed by seed. The rate is chosen for nn.LSTM and for batch norm, on validation data and other seeds: for
+batch norm as the best one of a panel of formulations together, so that none of them chooses for the others.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ SIZES: dict[str, Settings] = {
         "sets": {"vowels": {"hidden": 8, "batch": 16, "steps": 4}},
     },
     "reduced": {
-        "about": "32 or 64 units instead of 128, 300 to 500 batches instead of 2,000, 8 seeds instead of 16; the data are "
-        "whole",
+        "about": "32 or 64 units instead of 128, 300 to 500 batches instead of 2,000, 8 seeds instead of 16; the data "
+        "are whole",
         **_REDUCED,
         "sets": {
             "vowels": {"hidden": 32, "batch": 32, "steps": 400},
@@ -109,7 +109,7 @@ def _panel(settings: Settings, name: str) -> list[tuple[str, str, bool]]:
 
 
 def best_rate(settings: Settings, results: Results, of: str, name: str) -> float | None:
-    """The rate with the lowest validation loss, for "LSTM", or on average over the panel for all else; None if not yet."""
+    """The rate with the lowest validation loss: of "LSTM", for all else of the panel's mean. None if not yet."""
     found = {}
     for rate in settings["rates"]:
         keys = [key_of(of, variant, rate) for variant in _panel(settings, name)]

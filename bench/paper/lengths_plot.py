@@ -27,7 +27,10 @@ def figure(settings: Settings, results: Results, note: str) -> Figure:
     handles, labels = grid[0, 0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     seeds = len(settings["seeds"])
-    drawn.suptitle(f"Test loss by what a step's statistics are made of\ncell norm, {seeds} seeds (dots), mean (bar); {note}", fontsize=10)
+    drawn.suptitle(
+        f"Test loss by what a step's statistics are made of\ncell norm, {seeds} seeds (dots), mean (bar); {note}",
+        fontsize=10,
+    )
     return drawn
 
 
@@ -42,12 +45,16 @@ def _panel(axes: Axes, settings: Settings, results: Results, of: str, what: str)
             dots = [scale(of) * v for v in values(scores, what)]
             text = f'input_stats="{stats}"' if place == 0 else None
             axes.plot(dots, [place + shift] * len(dots), ".", color=COLOURS[stats], alpha=0.5, markersize=5, label=text)
-            axes.plot([fmean(dots)] * 2, [place + shift - 0.14, place + shift + 0.14], color=COLOURS[stats], linewidth=2.2)
+            axes.plot(
+                [fmean(dots)] * 2, [place + shift - 0.14, place + shift + 0.14], color=COLOURS[stats], linewidth=2.2
+            )
     lstm = found.get(("LSTM", "time", False))
     if lstm is not None:
         mean = fmean(scale(of) * v for v in values(lstm, what))
         axes.axvline(mean, color=LSTM, linestyle="--", linewidth=1.3, label="nn.LSTM, mean")
-    axes.set_yticks(range(len(names)), [f"{name} (ours)" if name == OURS else name for name in reversed(names)], fontsize=9)
+    axes.set_yticks(
+        range(len(names)), [f"{name} (ours)" if name == OURS else name for name in reversed(names)], fontsize=9
+    )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(lambda x, _: f"{x:.3g}" if f"{x:e}"[0] in "235" else "")

@@ -9,10 +9,11 @@ from .experiment import Results, Settings
 from .numbers import Paired, holm, paired, shown, spread
 
 TITLES = {
-    "vowels": "Japanese vowels (270 utterances to learn from, 370 to test on, 7 to 29 frames, the speaker is asked for)",
+    "vowels": "Japanese vowels (216 utterances to learn from, 370 to test on, 7 to 29 frames, the speaker is asked "
+    "for)",
     "spoken": "spoken digits (2,100 to learn from, 600 to test on, 6 to 92 frames, the digit is asked for)",
-    "sentences": "sentences of Python's help texts (1,339 to learn from, 380 to test on, 9 to 79 steps, each next character "
-    "is asked for)",
+    "sentences": "sentences of Python's help texts (1,339 to learn from, 380 to test on, 9 to 79 steps, each next "
+    "character is asked for)",
 }
 SHORT = {"vowels": "Japanese vowels", "spoken": "spoken digits", "sentences": "sentences"}
 KINDS = {
@@ -42,7 +43,7 @@ def finals(settings: Settings, results: Results, of: str) -> dict[Key, list[dict
 
 def values(scores: list[dict[str, Any]], what: str, kind: str = "merged", part: str = "test") -> list[float]:
     """One number for each seed. nn.LSTM has no statistics, so any kind is its only one."""
-    return [float(seed.get(kind, seed.get("none"))[part][what]) for seed in scores]
+    return [float(seed[kind if kind in seed else "none"][part][what]) for seed in scores]
 
 
 def scale(of: str) -> float:
@@ -56,8 +57,9 @@ def label(key: Key) -> str:
 
 
 def compared(found: dict[Key, list[dict[str, Any]]], what: str = "loss") -> dict[Key, Paired]:
-    """Each variant against both rules with the same input_stats and cell_norm (LSTM: against the default's), with Holm's
-    correction over all of them.
+    """Each variant against both rules with the same input_stats and cell_norm, p by Holm's correction over all of them.
+
+    LSTM is held against the layer's defaults.
     """
     pairs = {}
     for key, scores in found.items():
@@ -84,9 +86,11 @@ def _variants(of: str, found: dict[Key, list[dict[str, Any]]]) -> list[str]:
     unit = "bits per character" if of == "sentences" else "loss, nats"
     seeds = len(next(iter(found.values())))
     lines = [
-        f"*{TITLES[of]}*: test part, {seeds} seeds, running statistics; p against both rules, corrected for all of the table",
+        f"*{TITLES[of]}*: test part, {seeds} seeds, running statistics; p against both rules, corrected for all of the "
+        "table",
         "",
-        f"| formulation | input_stats | cell norm | {unit} | accuracy, % | longest tenth, {unit} | loss − both rules | p |",
+        f"| formulation | input_stats | cell norm | {unit} | accuracy, % | longest tenth, {unit} | "
+        "loss − both rules | p |",
         "|:--|:--|:--|--:|--:|--:|--:|--:|",
     ]
     against = compared(found)
@@ -95,7 +99,9 @@ def _variants(of: str, found: dict[Key, list[dict[str, Any]]]) -> list[str]:
         long = spread([scale(of) * v for v in values(scores, "long_loss")])
         accuracy = spread([100 * v for v in values(scores, "accuracy")], 1)
         options = ("–", "–") if key[0] == "LSTM" else (key[1], "yes" if key[2] else "no")
-        difference, p = ("", "") if key not in against else (f"{scale(of) * against[key].difference:+.3f}", shown(against[key].p))
+        difference, p = (
+            ("", "") if key not in against else (f"{scale(of) * against[key].difference:+.3f}", shown(against[key].p))
+        )
         name = f"**{key[0]}**" if key[0] == OURS else key[0]
         lines.append(f"| {name} | {options[0]} | {options[1]} | {loss} | {accuracy} | {long} | {difference} | {p} |")
     return [*lines, ""]
@@ -107,8 +113,8 @@ def _kinds(settings: Settings, results: Results) -> list[str]:
     if not sets:
         return []
     lines = [
-        "*Statistics in evaluation*, models trained by both rules with cell norm: test loss, and in brackets the difference "
-        "from running statistics with the between-batch term and its p (not corrected)",
+        "*Statistics in evaluation*, models trained by both rules with cell norm: test loss, and in brackets the "
+        "difference from running statistics with the between-batch term and its p (not corrected)",
         "",
         "| input_stats | statistics | " + " | ".join(SHORT[of] for of in sets) + " |",
         "|:--|:--|" + "--:|" * len(sets),
@@ -132,7 +138,7 @@ def _kinds(settings: Settings, results: Results) -> list[str]:
 
 
 def _input_stats(settings: Settings, results: Results) -> list[str]:
-    """ "sequence" against "time", and cell norm against none, by both rules."""
+    """Statistics of the input over sequences against time, and cell norm against none, by both rules."""
     lines = []
     for title, first, second in (
         ('input_stats="sequence" − "time", with cell norm', (OURS, "sequence", True), (OURS, "time", True)),
@@ -147,7 +153,8 @@ def _input_stats(settings: Settings, results: Results) -> list[str]:
                 cells.append("–")
                 continue
             pair = paired(
-                [scale(of) * v for v in values(found[first], "loss")], [scale(of) * v for v in values(found[second], "loss")]
+                [scale(of) * v for v in values(found[first], "loss")],
+                [scale(of) * v for v in values(found[second], "loss")],
             )
             cells.append(f"{pair.difference:+.3f}, p {shown(pair.p)}")
         lines.append(f"| {title} | " + " | ".join(cells) + " |")

@@ -21,8 +21,8 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 class Paired(NamedTuple):
     """A comparison of two models that were trained with the same seeds.
 
-    difference: mean of a − b. p: two-sided, of a paired t-test; NaN for fewer than two pairs. lower: pairs in which a is
-    below b. pairs: how many.
+    difference: mean of a − b. p: two-sided, of a paired t-test; NaN for fewer than two pairs. lower: pairs in which a
+    is below b. pairs: how many.
     """
 
     difference: float

@@ -1,9 +1,9 @@
 """One experiment's results at one size: a JSON file that is written after each job, so that a run can go on later.
 
-    experiment, size, settings
-    environments    by number: device, versions, threads of a job
-    runs            one per command: command, utc, environment
-    results         by the job's key: value, seconds, run
+experiment, size, settings
+environments    by number: device, versions, threads of a job
+runs            one per command: command, utc, environment
+results         by the job's key: value, seconds, run
 """
 
 from __future__ import annotations

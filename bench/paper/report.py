@@ -39,7 +39,9 @@ def main(out: Path, check: bool) -> int:
         stale = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
         stale += [record.path.with_suffix(".png") for record in records if not figures.is_drawn(record)]
         for path in stale:
-            print(f"bench.paper: {path} is not what the records give; run: python -m bench.paper report", file=sys.stderr)
+            print(
+                f"bench.paper: {path} is not what the records give; run: python -m bench.paper report", file=sys.stderr
+            )
         return 1 if stale else 0
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")

@@ -7,6 +7,7 @@ import queue
 import time
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -91,8 +92,7 @@ def _run_all(
 
 def _reported(reports: Any) -> float:
     amount = 0.0
-    while True:
-        try:
+    with suppress(queue.Empty):
+        while True:
             amount += reports.get_nowait()
-        except queue.Empty:
-            return amount
+    return amount
