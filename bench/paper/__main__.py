@@ -127,7 +127,7 @@ def _run(made: argparse.ArgumentParser, arguments: argparse.Namespace, argv: lis
     console.print(f"{experiment.TITLE}; size {size}: {record.settings['about']}", highlight=False, markup=False)
     if known:
         console.print(f"{known} results are there already", highlight=False)
-    runner.run(name, record, str(device), processes, max(1, cores // processes) if on_cpu else 1, console)
+    runner.run(name, record, str(device), processes, console)
     figures.show(record, console)
     return 0
 

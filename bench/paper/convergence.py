@@ -233,6 +233,23 @@ def said(model: str, losses: list[float], of_lstm: list[float]) -> str:
     return f"{model} {verdict} ({numbers})."
 
 
+def summary(settings: Settings, results: Results) -> list[str]:
+    """One line for each task."""
+    lines = []
+    for task in settings["tasks"]:
+        runs = {model: _finals(settings, results, task, model) for model in MODELS}
+        scale = 1 / math.log(2) if task == "text" else 1.0
+        losses = {model: [scale * _test(run, "loss") for run in found] for model, found in runs.items()}
+        unit = "bits per character" if task == "text" else "nats"
+        parts = []
+        for model in MODELS[1:]:
+            found = paired(losses[model], losses["LSTM"])
+            word = "no clear difference" if not found.p < 0.05 else "better" if found.difference < 0 else "worse"
+            parts.append(f"{model} {spread(losses[model], 2)} ({word})")
+        lines.append(f"- {TITLES[task]}, test loss, {unit}: LSTM {spread(losses['LSTM'], 2)}; {'; '.join(parts)}.")
+    return lines
+
+
 def figure(settings: Settings, results: Results, note: str) -> Figure:
     """Validation loss over steps for each task, mean and range of the seeds."""
     tasks = list(settings["tasks"])

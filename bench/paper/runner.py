@@ -22,11 +22,11 @@ POLL = 0.2  # seconds between two looks at what the jobs report
 _reports: Any = None  # in a job's process: where it tells how far it is
 
 
-def _start(reports: Any, threads: int) -> None:
+def _start(reports: Any) -> None:
     """Once in each process."""
     global _reports
     _reports = reports
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # steps this small are slower on more, and jobs run side by side
 
 
 def _run(name: str, job: Job, settings: dict[str, Any], device: str) -> tuple[Any, float]:
@@ -39,7 +39,7 @@ def _run(name: str, job: Job, settings: dict[str, Any], device: str) -> tuple[An
     return value, time.perf_counter() - began
 
 
-def run(name: str, record: Record, device: str, processes: int, threads: int, console: Console) -> None:
+def run(name: str, record: Record, device: str, processes: int, console: Console) -> None:
     """All jobs whose results the record lacks. Each result is written as it comes.
 
     Raises:
@@ -56,7 +56,7 @@ def run(name: str, record: Record, device: str, processes: int, threads: int, co
     )
     with context.Manager() as manager, Progress(*columns, console=console) as bar:
         reports = manager.Queue()
-        with ProcessPoolExecutor(processes, context, _start, (reports, threads)) as pool:
+        with ProcessPoolExecutor(processes, context, _start, (reports,)) as pool:
             try:
                 while pending := _pending(experiment.jobs(settings, record.results), record):
                     _run_all(name, pending, record, device, pool, reports, bar)
