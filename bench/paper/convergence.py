@@ -45,8 +45,8 @@ SIZES: dict[str, Settings] = {
     },
     "reduced": {
         "about": "MNIST's 5,000 images averaged to 14×14 (196 steps instead of 784), 48 units instead of 100, 700 "
-        "batches of 64 instead of 10,000 of 100; text with 96 units instead of 1000, T = 50 instead of 100, 700 batches "
-        "of 32 instead of 5,000 of 64; Adam, 3 rates, 5 seeds",
+        "batches of 64 instead of 10,000 of 100; text with 96 units instead of 1000, T = 50 instead of 100, 700 "
+        "batches of 32 instead of 5,000 of 64; Adam, 3 rates, 5 seeds",
         **_GRID,
         "tasks": {
             "digits": {"hidden": 48, "batch": 32, "steps": 700, "noise": 0.1},
