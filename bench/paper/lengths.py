@@ -34,7 +34,12 @@ INPUT_STATS = ("time", "sequence")
 MODES = ("batches", "paper", "whole")
 
 _ALL = [name for name in FORMULATIONS if name != "LSTM"]
-_REDUCED = {"rates": [0.003, 0.01, 0.03], "tuning_seeds": [100, 101], "seeds": list(range(8)), "formulations": _ALL}
+_REDUCED = {
+    "rates": [0.003, 0.01, 0.03, 0.1],
+    "tuning_seeds": [100, 101],
+    "seeds": list(range(8)),
+    "formulations": _ALL,
+}
 
 SIZES: dict[str, Settings] = {
     "quick": {
@@ -59,7 +64,7 @@ SIZES: dict[str, Settings] = {
     "full": {
         "about": "128 units, 2,000 batches of 32, 16 seeds",
         **_REDUCED,
-        "rates": [0.001, 0.003, 0.01, 0.03],
+        "rates": [0.001, 0.003, 0.01, 0.03, 0.1],
         "tuning_seeds": [100, 101, 102, 103],
         "seeds": list(range(16)),
         "sets": {name: {"hidden": 128, "batch": 32, "steps": 2000} for name in LOADERS},

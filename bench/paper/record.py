@@ -1,9 +1,8 @@
 """One experiment's results at one size: a JSON file that is written after each job, so that a run can go on later.
 
 experiment, size, settings
-environments    by number: device, versions, threads of a job
-runs            one per command: command, utc, environment
-results         by the job's key: value, seconds, run
+runs       one per command: command, utc, device, versions, processes
+results    by the job's key: value, seconds, run (which of the above)
 """
 
 from __future__ import annotations
