@@ -177,7 +177,7 @@ def test_counted_rows_and_shares():
     count, seen = valid.sum(2)[..., None].double(), torch.full((2, 1), 100.0).double()
     vacated = batch_share(FORMULATIONS["both rules"], count, ROWS, seen)
     assert vacated[:, 0, 0].tolist() == pytest.approx([1, 0.8, 0.8, 0.6, 0.6, 0.6, 0.2])
-    fixed = batch_share(FORMULATIONS["fixed κ = 4"], count, ROWS, seen)
+    fixed = batch_share(Formulation("valid", 4), count, ROWS, seen)
     assert fixed[:, 0, 0].tolist() == pytest.approx([5 / 9, 0.5, 0.5, 3 / 7, 3 / 7, 3 / 7, 0.2])
     assert batch_share(FORMULATIONS["both rules"], count, ROWS, 0 * seen)[:, 0].eq(1).all()  # nothing seen, no phantoms
 

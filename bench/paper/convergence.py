@@ -26,9 +26,9 @@ MODELS = ("LSTM", "BN-LSTM", "BN-LSTM, cell norm")
 COLOURS = {"LSTM": "#2b8a3e", "BN-LSTM": "#f0a04b", "BN-LSTM, cell norm": "#c8500f"}
 TITLES = {
     "digits": "8×8 digits, pixel by pixel",
+    "text": "characters of Python's help texts",
     "mnist": "MNIST, pixel by pixel",
     "pmnist": "permuted MNIST",
-    "text": "characters of Python's help texts",
 }
 _GRID: dict[str, Any] = {"rates": [0.003, 0.01, 0.03, 0.1], "tuning_seeds": [100], "seeds": [0, 1, 2, 3, 4]}
 
@@ -74,6 +74,11 @@ LOOKS = 20  # evaluations on the validation part in a run
 _COST = {"LSTM": 1.0, "BN-LSTM": 3.0, "BN-LSTM, cell norm": 3.3}  # of a step on a CPU, about: for the progress bar
 
 
+def _tasks(settings: Settings) -> list[str]:
+    """In the order of the page; JSON need not keep that of the settings."""
+    return [name for name in TITLES if name in settings["tasks"]]
+
+
 def _task(name: str, settings: dict[str, Any]) -> Any:
     if name == "text":
         return learning.CharacterTask(data.load_text(), settings["length"])
@@ -108,7 +113,7 @@ def best_rate(settings: Settings, results: Results, task: str, model: str) -> fl
 def jobs(settings: Settings, results: Results) -> list[Job]:
     """The grid for each task and model, and once that is there the seeds that count."""
     found = []
-    for task in settings["tasks"]:
+    for task in _tasks(settings):
         for model in MODELS:
             for rate in settings["rates"]:
                 found += [_job(settings, task, model, rate, seed, False) for seed in settings["tuning_seeds"]]
@@ -187,7 +192,8 @@ def steps_to(curve: Iterable[tuple[int, float, float]], loss: float) -> int | No
 def tables(settings: Settings, results: Results) -> list[str]:
     """A table for each task, and beneath it whether batch norm helps."""
     lines = []
-    for task, of in settings["tasks"].items():
+    for task in _tasks(settings):
+        of = settings["tasks"][task]
         runs = {model: _finals(settings, results, task, model) for model in MODELS}
         if not all(runs.values()) or len({len(each) for each in runs.values()}) > 1:
             lines += [f"{TITLES[task]}: not all runs are there yet.", ""]
@@ -237,7 +243,7 @@ def said(model: str, losses: list[float], of_lstm: list[float]) -> str:
 def summary(settings: Settings, results: Results) -> list[str]:
     """One line for each task."""
     lines = []
-    for task in settings["tasks"]:
+    for task in _tasks(settings):
         runs = {model: _finals(settings, results, task, model) for model in MODELS}
         scale = 1 / math.log(2) if task == "text" else 1.0
         losses = {model: [scale * _test(run, "loss") for run in found] for model, found in runs.items()}
@@ -253,7 +259,7 @@ def summary(settings: Settings, results: Results) -> list[str]:
 
 def figure(settings: Settings, results: Results, note: str) -> Figure:
     """Validation loss over steps for each task, mean and range of the seeds."""
-    tasks = list(settings["tasks"])
+    tasks = _tasks(settings)
     columns = min(2, len(tasks))
     drawn = Figure(figsize=(4.6 * columns, 3.4 * math.ceil(len(tasks) / columns) + 0.7), dpi=130, layout="constrained")
     grid = drawn.subplots(math.ceil(len(tasks) / columns), columns, squeeze=False).flat

@@ -41,7 +41,6 @@ FORMULATIONS = {
     "both rules": Formulation("valid", "vacated"),
     "both rules, pooled": Formulation("valid", "vacated", running="pooled"),
     "rule 1, own prior": Formulation("valid", "vacated", prior="own"),
-    "fixed κ = 4": Formulation("valid", 4),
     "fixed κ = 16": Formulation("valid", 16),
     "frozen rows": Formulation("frozen"),
     "padding counted": Formulation("padded"),

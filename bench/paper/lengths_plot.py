@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .experiment import Results, Settings
-from .lengths_tables import OURS, SHORT, finals, scale, values
+from .lengths_tables import OURS, SHORT, finals, scale, sets_of, values
 
 COLOURS = {"time": "#c8500f", "sequence": "#1f5fa8"}
 LSTM = "#2b8a3e"
@@ -16,7 +16,7 @@ LSTM = "#2b8a3e"
 
 def figure(settings: Settings, results: Results, note: str) -> Figure:
     """Test loss of every formulation, all sequences above and the longest tenth below; each seed is a dot."""
-    sets = [of for of in settings["sets"] if finals(settings, results, of)]
+    sets = [of for of in sets_of(settings) if finals(settings, results, of)]
     drawn = Figure(figsize=(3.1 * max(1, len(sets)) + 1.4, 7.2), dpi=130, layout="constrained")
     grid = drawn.subplots(2, max(1, len(sets)), squeeze=False, sharey=True)
     for column, of in enumerate(sets):

@@ -29,6 +29,11 @@ LEVEL = 0.05
 Key = tuple[str, str, bool]  # formulation, input_stats, cell_norm
 
 
+def sets_of(settings: Settings) -> list[str]:
+    """Sets of data in the order of the page; JSON need not keep that of the settings."""
+    return [of for of in SHORT if of in settings["sets"]]
+
+
 def finals(settings: Settings, results: Results, of: str) -> dict[Key, list[dict[str, Any]]]:
     """Scores of each seed by variant, of one set of data."""
     found = {}
@@ -73,7 +78,7 @@ def compared(found: dict[Key, list[dict[str, Any]]], what: str = "loss") -> dict
 def tables(settings: Settings, results: Results) -> list[str]:
     """For each set of data all variants, and what statistics do in evaluation; then where they differ, in words."""
     lines: list[str] = []
-    for of in settings["sets"]:
+    for of in sets_of(settings):
         found = finals(settings, results, of)
         if found:
             lines += _variants(of, found)
@@ -109,7 +114,7 @@ def _variants(of: str, found: dict[Key, list[dict[str, Any]]]) -> list[str]:
 
 def _kinds(settings: Settings, results: Results) -> list[str]:
     """Statistics in evaluation, for models trained by both rules."""
-    sets = [of for of in settings["sets"] if (OURS, "time", True) in finals(settings, results, of)]
+    sets = [of for of in sets_of(settings) if (OURS, "time", True) in finals(settings, results, of)]
     if not sets:
         return []
     lines = [
@@ -147,7 +152,7 @@ def _input_stats(settings: Settings, results: Results) -> list[str]:
         ('cell norm − none, "sequence"', (OURS, "sequence", True), (OURS, "sequence", False)),
     ):
         cells = []
-        for of in settings["sets"]:
+        for of in sets_of(settings):
             found = finals(settings, results, of)
             if first not in found or second not in found:
                 cells.append("–")
@@ -161,7 +166,7 @@ def _input_stats(settings: Settings, results: Results) -> list[str]:
     head = [
         "*Options*, both rules: difference of the test loss and its p (not corrected); below 0 the first is better",
         "",
-        "| | " + " | ".join(SHORT[of] for of in settings["sets"]) + " |",
+        "| | " + " | ".join(SHORT[of] for of in sets_of(settings)) + " |",
         "|:--|" + "--:|" * len(settings["sets"]),
     ]
     return [*head, *lines, ""]
@@ -170,7 +175,7 @@ def _input_stats(settings: Settings, results: Results) -> list[str]:
 def summary(settings: Settings, results: Results) -> list[str]:
     """For each formulation where it is clearly worse or better than both rules, out of all cases that were run."""
     verdicts: dict[str, list[str]] = {}
-    for of in settings["sets"]:
+    for of in sets_of(settings):
         for key, pair in compared(finals(settings, results, of)).items():
             word = "no clear difference"
             if pair.p < LEVEL:
