@@ -3,7 +3,8 @@
 Users of BN-LSTMs report it again and again: good training loss, bad test loss, and the model is suspected. Here one
 trained model is scored on the same test images by several statistics, so nothing but these differs:
 
-    batch      the test batch's own, as training computes; no use in practice, but the mark to reach
+    batch      the test batch's own, as training computes: no use in practice, but the mark that evaluation should reach
+               and may pass, since a batch's statistics are noise in part
     running    the moving averages that training left, which is what evaluation uses if nobody does anything
     rest       the same averages after further passes over the training images with the weights at rest
     batches, whole, paper   from `estimate_statistics` over the training images, in each of its modes

@@ -405,16 +405,19 @@ def _plot_losses(axes: Axes, settings: Settings, results: Results) -> None:
 def _plot_differences(axes: Axes, settings: Settings, results: Results, models: list[str]) -> None:
     for model in models:
         found = _of(settings, results, model)
-        for kind, label, line in (("last", "last slot", "-"), ("batch", "test batch's own", DASHED)):
+        for kind, line in (("last", "-"), ("batch", DASHED)):
             rows = [[a - b for a, b in zip(each["bits"][kind], each["bits"]["own"], strict=True)] for each in found]
             if rows:
-                _band(axes, _positions(settings), rows, COLOURS[model], f"{model}: {label}", line)
+                _band(axes, _positions(settings), rows, COLOURS[model], "", line)
     axes.axhline(0, color="0.25", linewidth=1, linestyle=":")
     axes.axvline(settings["length"], color="0.6", linewidth=1)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.45 * (high - low))  # room for the legend
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8.5, loc="upper left")
+    axes.set_yscale("symlog", linthresh=0.002)  # what the last slot costs is seen beside what a batch's noise does
+    axes.yaxis.set_major_formatter("{x:g}")
+    lines = [
+        Line2D([], [], color="0.25", linewidth=1.7, label="last slot for all later steps"),
+        Line2D([], [], color="0.25", linewidth=1.7, linestyle=DASHED, label="test batch's own statistics"),
+    ]
+    axes.legend(handles=lines, frameon=False, fontsize=8.5, loc="upper right", bbox_to_anchor=(1, 0.89))
     title = "Loss less that with a slot for each step"
     _finish(axes, title, "position in the stretch", "difference [bits per character]")
 
@@ -430,6 +433,7 @@ def _plot_slots(axes: Axes, settings: Settings, results: Results, models: list[s
     axes.set_xticks(counts, [str(n) for n in counts])
     axes.minorticks_off()
     axes.set_yscale("symlog", linthresh=0.01)
+    axes.set_ylim(bottom=-0.015)
     axes.yaxis.set_major_formatter("{x:g}")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8.5)
