@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.paper import seeds, settling, statistics
+from bench.paper import seeds, settling, statistics, statistics_told
 from bench.paper.data import Text
 from bench.paper.learning import CharacterTask, Model, layer_of, scores
 from triton_bnlstm import BNLSTM, estimate_statistics
@@ -151,7 +151,7 @@ def test_run_tables_and_plot(results, tmp_path):
     for model in ("BN-LSTM", "BN-LSTM, cell norm"):
         one = results[f"{model}/1"]
         last, own = one["bits"]["last"], one["bits"]["own"]
-        ten = statistics.BINS // statistics.TIMES
+        ten = statistics_told.BINS // statistics_told.TIMES
         assert last[:ten] == pytest.approx(own[:ten], rel=1e-4)
         assert last[ten:] != pytest.approx(own[ten:], rel=1e-4)
         # as many slots as in training: the last of them serves all later steps, by either way of asking
@@ -159,17 +159,17 @@ def test_run_tables_and_plot(results, tmp_path):
         assert one["slots"]["1"] != pytest.approx(one["slots"]["10"], rel=1e-3)
     told = "\n".join(statistics.tables(SETTINGS, results))
     assert told.count("| BN-LSTM, cell norm | c |") == 2
-    statistics.plot(SETTINGS, results, tmp_path / "plot.png", "a note")
+    statistics.figure(SETTINGS, results, "a note").savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 20_000
     statistics.tables(SETTINGS, {"LSTM/0": results["LSTM/0"]})
-    statistics.plot(SETTINGS, {"LSTM/0": results["LSTM/0"]}, tmp_path / "part.png", "a note")
+    statistics.figure(SETTINGS, {"LSTM/0": results["LSTM/0"]}, "a note").savefig(tmp_path / "part.png")
 
 
 def test_tables_say_what_the_last_slot_costs():
     def told(cost: float) -> str:
         made = {}
         for seed in range(2):
-            own = [2.0 + 0.001 * seed] * statistics.BINS
+            own = [2.0 + 0.001 * seed] * statistics_told.BINS
             last = own[:10] + [value + cost * (1 + 0.01 * seed) for value in own[10:]]
             bits = {"running": own, "batch": own, "last": last, "own": own}
             made[f"BN-LSTM/{seed}"] = {"bits": bits, "settling": {}, "slots": {}}
@@ -178,25 +178,30 @@ def test_tables_say_what_the_last_slot_costs():
         (line,) = (line for line in lines if line.startswith("- ") and "a slot for each step" in line)
         return line
 
-    assert "worse than a slot for each step (+0.1005 ± 0.0007 bits, 2 seeds)" in told(0.1)
+    assert "worse than a slot for each step (+0.1005 ± 0.0007 bits, higher in 2 of 2 seeds, p = 0.003)" in told(0.1)
     assert "better than a slot for each step (-0.1005" in told(-0.1)
-    assert "no different" in told(0.0)
+    assert "no clear difference" in told(0.0)
 
 
 def test_losses_are_of_the_length_that_is_asked_for():
     bits = [1.0] * 10 + [2.0] * 10 + [5.0] * 20
-    assert statistics._mean_to(bits, 1) == 1
-    assert statistics._mean_to(bits, 2) == 1.5
-    assert statistics._mean_to(bits, 1.5, beyond=True) == 2
-    assert statistics._mean_to(bits, 4, beyond=True) == 4
+    assert statistics_told.mean_to(bits, 1) == 1
+    assert statistics_told.mean_to(bits, 2) == 1.5
+    assert statistics_told.mean_to(bits, 1.5, beyond=True) == 2
+    assert statistics_told.mean_to(bits, 4, beyond=True) == 4
+
+
+WORDS = {"up": [0.1, 0.11, 0.12], "down": [-0.1, -0.11, -0.12], "either": [-0.1, 0.11, 0.12], "one": [5.0]}
 
 
 def test_words_for_several_seeds():
-    assert seeds.verdict([0.1, 0.11, 0.12]) == "worse"
-    assert seeds.verdict([-0.1, -0.11, -0.12]) == "better"
-    assert seeds.verdict([-0.1, 0.11, 0.12]) == "equal"
-    assert seeds.verdict([5.0]) == "equal"
+    said = {name: seeds.compare(values, "a", "b", "bits") for name, values in WORDS.items()}
+    assert said["up"] == "a: worse than b (+0.1100 ± 0.0100 bits, higher in 3 of 3 seeds, p = 0.003)"
+    assert "better than b (-0.1100" in said["down"]
+    assert "higher in 0 of 3 seeds" in said["down"]
+    assert "no clear difference from b" in said["either"]
+    assert said["one"] == "a: +5.0000 bits against b, with one seed"
     assert seeds.middle([3, 5, 4]) == "4 (3 – 5)"
     assert seeds.middle([3, None, None]) == "never (3 – never)"
     assert seeds.middle([7, 7]) == "7"
-    assert seeds.spread([1.0, 3.0], "+.1f") == "+2.0 ± 1.4"
+    assert seeds.signed([1.0, 3.0], 1) == "+2.0 ± 1.4"

@@ -1,4 +1,4 @@
-"""What several seeds tell: a spread, and whether a difference can be told from chance."""
+"""What several seeds tell, in words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, median, stdev
 
-STANDARD_ERRORS = 3.0  # a mean difference of fewer of its standard errors may be chance; with five seeds 2.8 are 5 %
+from .numbers import paired, shown
+
+LEVEL = 0.05
 
 
 def short(value: float, digits: int = 5) -> float:
@@ -14,28 +16,25 @@ def short(value: float, digits: int = 5) -> float:
     return float(f"{value:.{digits}g}")
 
 
-def spread(values: Sequence[float], form: str = ".3f") -> str:
-    """Mean ± deviation over seeds."""
-    deviation = f" ± {stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
-    return f"{fmean(values):{form}}{deviation}"
-
-
-def verdict(differences: Sequence[float]) -> str:
-    """What losses are that differ by these, pair by pair: "worse", "better", or "equal" where it may be chance."""
-    mean = fmean(differences)
-    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
-    if abs(mean) <= STANDARD_ERRORS * error:
-        return "equal"
-    return "worse" if mean > 0 else "better"
+def signed(values: Sequence[float], digits: int = 3) -> str:
+    """Mean ± deviation of differences."""
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):+.{digits}f}{deviation}"
 
 
 def compare(differences: Sequence[float], what: str, other: str, unit: str) -> str:
-    """A line on `what`'s losses less `other`'s, one for each seed."""
+    """A line on `what`'s losses less `other`'s, one for each seed, by a paired t-test."""
+    found = f"{signed(differences, 4)} {unit}"
     if len(differences) < 2:
-        return f"{what}: {differences[0]:+.4f} {unit} against {other}, with one seed"
-    found = f"{spread(differences, '+.4f')} {unit}, {len(differences)} seeds"
-    told = {"worse": "worse than", "better": "better than", "equal": "no different, as far as these seeds show, from"}
-    return f"{what}: {told[verdict(differences)]} {other} ({found})"
+        return f"{what}: {found} against {other}, with one seed"
+    test = paired(differences, [0.0] * len(differences))
+    told = "no clear difference from"
+    if test.p < LEVEL:
+        told = "worse than" if test.difference > 0 else "better than"
+    higher = sum(difference > 0 for difference in differences)
+    p = shown(test.p)
+    p = p if p.startswith("<") else f"= {p}"
+    return f"{what}: {told} {other} ({found}, higher in {higher} of {test.pairs} seeds, p {p})"
 
 
 def middle(values: Sequence[float | None]) -> str:
