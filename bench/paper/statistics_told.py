@@ -153,7 +153,7 @@ def summary(settings: Settings, results: Results) -> list[str]:
         ]
         lines.append(
             f"- {model}: the mean and variance of {' and '.join(norms)} are within chance of the last slot's from slot "
-            f"{middle(latest)} of {settings['length']} on. Beyond the length trained on, up to {TIMES} × as long: "
+            f"{middle(latest)} of {settings['length']} on. Beyond the length trained on, up to {TIMES} × as long, "
             f"{compare(cost, 'the last slot for all later steps', 'a slot for each step', 'bits per character')}."
         )
     return lines
