@@ -199,7 +199,7 @@ def test_pooled_variance_is_within_batches():
 
 
 def test_formulations_differ():
-    """Each gives other outputs than both rules, so that no name stands for another's figures."""
+    """Each gives outputs or gradients of its own, so that no name stands for another's figures."""
     weights, given = stacked(layers()), batch(0)
     found = {}
     for name, formulation in FORMULATIONS.items():
@@ -218,7 +218,9 @@ def test_formulations_differ():
                 k: (*(norm.resolved(STEPS, ROWS) if resolved else (norm.mean, norm.var)), share)
                 for k, norm in norms.items()
             }
-        found[name] = forward(formulation, weights, given, priors, over_time=True)[0][4, :, :2].detach()
+        h = forward(formulation, weights, given, priors, over_time=True)[0][4, :, :2]
+        (gradient,) = torch.autograd.grad(h.sum(), weights.weight_hh)
+        found[name] = torch.cat([h.detach().flatten(), gradient.flatten()])
     names = list(found)
     for k, first in enumerate(names):
         for second in names[k + 1 :]:

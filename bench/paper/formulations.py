@@ -28,12 +28,14 @@ class Formulation(NamedTuple):
     prior: what phantom rows are like: "resolved" slots (rule 2's inheritance) or the slot's "own".
     running: how the population that they come from is merged: "merged", with the between-batch term, or "pooled" within
         batches.
+    gradient: whether sequences that have ended get gradients through the statistics that they are counted in.
     """
 
     counted: str
     phantoms: str | int = "none"
     prior: str = "resolved"
     running: str = "merged"
+    gradient: bool = True
 
 
 FORMULATIONS = {
@@ -43,6 +45,7 @@ FORMULATIONS = {
     "rule 1, own prior": Formulation("valid", "vacated", prior="own"),
     "fixed κ = 16": Formulation("valid", 16),
     "frozen rows": Formulation("frozen"),
+    "frozen rows, no gradient": Formulation("frozen", gradient=False),
     "padding counted": Formulation("padded"),
     "plain masking": Formulation("valid"),
 }
@@ -276,6 +279,10 @@ def forward(
         n = left[t]
         h, c, row_mask = h[:, :n], c[:, :n], masks[t][:, :n]
         z, a = torch.bmm(h, turned), a_steps[t][:, :n]
+        if not formulation.gradient:
+            z, a, c_held = _of_valid(valids[t], z), _of_valid(valids[t], a), c.detach()
+        else:
+            c_held = c
         if by_step:
             a, *moments = normalise(a, bias[:, :n], weights.gamma_ih, row_mask, counts[t], prior_ih[t])
             found_ih.append(moments)
@@ -288,7 +295,7 @@ def forward(
         c_new = f.sigmoid() * c + i.sigmoid() * g.tanh()
         squashed = c_new
         if weights.gamma_c is not None and weights.beta_c is not None:
-            counted_c = c_new if formulation.counted != "frozen" else torch.where(valids[t], c_new, c)
+            counted_c = c_new if formulation.counted != "frozen" else torch.where(valids[t], c_new, c_held)
             beta_c = weights.beta_c[:, None].expand_as(counted_c)
             squashed, *moments = normalise(counted_c, beta_c, weights.gamma_c, row_mask, counts[t], prior_c[t])
             found_c.append(moments)
@@ -303,6 +310,11 @@ def forward(
             mean, var = (torch.stack(each) for each in zip(*found, strict=True))
             own[name] = Own(mean, var, count)
     return torch.stack(outputs), own
+
+
+def _of_valid(valid: Tensor, z: Tensor) -> Tensor:
+    """The same rows, of which only the valid ones pass a gradient on."""
+    return torch.where(valid, z, z.detach())
 
 
 def _by_step(priors: dict[str, Prior] | None, name: str, steps: int) -> list[tuple[Tensor, ...] | None]:
