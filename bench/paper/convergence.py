@@ -72,6 +72,7 @@ SIZES: dict[str, Settings] = {
 }
 
 LOOKS = 20  # evaluations on the validation part in a run
+# of a step on a CPU, about: for the progress bar
 _COST = {
     "LSTM": 1.0,
     "BN-LSTM": 3.0,
