@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 from typing import Any
 
 from .experiment import Results, Settings
@@ -22,6 +23,18 @@ KINDS = {
     "batches": 'estimated, "batches"',
     "paper": 'estimated, "paper"',
     "whole": 'estimated, "whole"',
+}
+# how README's table calls them
+NAMES = {
+    "LSTM": "no batch norm: nn.LSTM",
+    "both rules": "sequences that are left, and the population in vacated seats (both rules)",
+    "both rules, pooled": "the same, the population's variance pooled within batches",
+    "rule 1, own prior": "the same, without inheritance between slots",
+    "fixed κ = 16": "sequences that are left, and always 16 rows of the population",
+    "frozen rows": "all sequences, ended ones with their last state (frozen rows)",
+    "frozen rows, no gradient": "the same, without a gradient into them",
+    "padding counted": "all sequences, padding read as if it were data",
+    "plain masking": "sequences that are left (plain masking)",
 }
 OURS = "both rules"
 LEVEL = 0.05
@@ -84,7 +97,7 @@ def tables(settings: Settings, results: Results) -> list[str]:
             lines += _variants(of, found)
     lines += _kinds(settings, results)
     lines += _input_stats(settings, results)
-    return lines + summary(settings, results)
+    return lines + verdicts(settings, results)
 
 
 def _variants(of: str, found: dict[Key, list[dict[str, Any]]]) -> list[str]:
@@ -173,16 +186,51 @@ def _input_stats(settings: Settings, results: Results) -> list[str]:
 
 
 def summary(settings: Settings, results: Results) -> list[str]:
+    """One row for each formulation: mean test losses with cell norm, and whether they differ clearly from both rules."""
+    sets = [of for of in sets_of(settings) if finals(settings, results, of)]
+    units = {of: "bits per character" if of == "sentences" else "nats" for of in sets}
+    lines = [
+        f'Mean test loss of {len(settings["seeds"])} seeds with cell norm, input_stats="time" / "sequence"; − is better and '
+        f"+ worse than both rules, p < {LEVEL} after correction:",
+        "",
+        "| a step's statistics are made of | " + " | ".join(f"{SHORT[of]}, {units[of]}" for of in sets) + " |",
+        "|:--|" + "--:|" * len(sets),
+    ]
+    for name in ("LSTM", *settings["formulations"]):
+        cells = []
+        for of in sets:
+            found = finals(settings, results, of)
+            against = compared(found)
+            keys = (
+                [("LSTM", "time", False)] if name == "LSTM" else [(name, stats, True) for stats in ("time", "sequence")]
+            )
+            means = []
+            for key in keys:
+                if key in found:
+                    mean = fmean(scale(of) * v for v in values(found[key], "loss"))
+                    means.append(f"{mean:.3f}{_mark(against.get(key))}")
+            cells.append(" / ".join(means) or "–")
+        lines.append(f"| {NAMES.get(name, name)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _mark(pair: Paired | None) -> str:
+    if pair is None or not pair.p < LEVEL:
+        return ""
+    return "\N{MINUS SIGN}" if pair.difference < 0 else "+"
+
+
+def verdicts(settings: Settings, results: Results) -> list[str]:
     """For each formulation where it is clearly worse or better than both rules, out of all cases that were run."""
-    verdicts: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     for of in sets_of(settings):
         for key, pair in compared(finals(settings, results, of)).items():
             word = "no clear difference"
             if pair.p < LEVEL:
                 word = "worse" if pair.difference > 0 else "better"
-            verdicts.setdefault(key[0], []).append(word)
+            found.setdefault(key[0], []).append(word)
     lines = []
-    for name, words in verdicts.items():
+    for name, words in found.items():
         counts = ", ".join(f"{word} in {words.count(word)}" for word in ("worse", "no clear difference", "better"))
         lines.append(f"- {name}, against both rules: {counts} of {len(words)} cases (p < {LEVEL} after correction).")
     return [*lines, ""]
