@@ -186,12 +186,12 @@ def _input_stats(settings: Settings, results: Results) -> list[str]:
 
 
 def summary(settings: Settings, results: Results) -> list[str]:
-    """One row for each formulation: mean test losses with cell norm, and whether they differ clearly from both rules."""
+    """One row for each formulation: mean test losses with cell norm, and where they differ clearly from both rules."""
     sets = [of for of in sets_of(settings) if finals(settings, results, of)]
     units = {of: "bits per character" if of == "sentences" else "nats" for of in sets}
     lines = [
-        f'Mean test loss of {len(settings["seeds"])} seeds with cell norm, input_stats="time" / "sequence"; − is better and '
-        f"+ worse than both rules, p < {LEVEL} after correction:",
+        f'Mean test loss of {len(settings["seeds"])} seeds with cell norm, input_stats="time" / "sequence"; '
+        f"− is better and + worse than both rules, p < {LEVEL} after correction:",
         "",
         "| a step's statistics are made of | " + " | ".join(f"{SHORT[of]}, {units[of]}" for of in sets) + " |",
         "|:--|" + "--:|" * len(sets),
@@ -201,9 +201,9 @@ def summary(settings: Settings, results: Results) -> list[str]:
         for of in sets:
             found = finals(settings, results, of)
             against = compared(found)
-            keys = (
-                [("LSTM", "time", False)] if name == "LSTM" else [(name, stats, True) for stats in ("time", "sequence")]
-            )
+            keys = [(name, stats, True) for stats in ("time", "sequence")]
+            if name == "LSTM":
+                keys = [("LSTM", "time", False)]
             means = []
             for key in keys:
                 if key in found:
