@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks, functional, kept, ops, state, traced
+from . import checks, functional, held, kept, ops, state, traced
 from .backend import BACKENDS, SAVE_CHOICES, requested_backend
 from .dispatch import run
 from .distributed import Grouped
@@ -59,6 +59,7 @@ class BNLSTMBase(Grouped):
     rows: Tensor
     _skipped_steps: Tensor
     _version = state.VERSION
+    finished = "phantom"  # of layers that were pickled by a version without it
 
     def __init__(
         self,
@@ -71,6 +72,7 @@ class BNLSTMBase(Grouped):
         cell_norm: bool,
         input_stats: str,
         prior_count: float | None,
+        finished: str,
         gamma_init: float,
         eps: float,
         momentum: float | None,
@@ -92,6 +94,8 @@ class BNLSTMBase(Grouped):
         self.cell_norm = checks.flag("cell_norm", cell_norm)
         self.input_stats = checks.choice("input_stats", input_stats, functional.INPUT_STATS)
         self.prior_count = None if prior_count is None else checks.real("prior_count", prior_count, minimum=0)
+        held.check(finished, self.prior_count)
+        self.finished = finished
         self.gamma_init = checks.real("gamma_init", gamma_init)
         self.eps = checks.real("eps", eps, above=0)
         self.momentum = None if momentum is None else checks.real("momentum", momentum, above=0, maximum=1)
@@ -295,6 +299,9 @@ class BNLSTMBase(Grouped):
 
         regularise: dropout and noise.
         """
+        own, keeps_seats = packing, populations[0] is None and not packing.equal and self.finished == "frozen"
+        if keeps_seats:
+            x, packing = held.spread(x, own)
         backend, save = requested_backend(self.backend), checks.choice("save", self.save, SAVE_CHOICES)
         if in_backward() and self._asked_for is not None:  # a recomputation: contexts may be gone, or another thread's
             backend = self._asked_for
@@ -316,7 +323,7 @@ class BNLSTMBase(Grouped):
                     h = c.to(dtype)
                     if regularise and self.initial_noise > 0:
                         h = torch.randn_like(h) * self.initial_noise
-                problem = Problem(packing, populations[place], self.input_stats == "time", self.eps, ranks)
+                problem = Problem(packing, populations[place], self.input_stats == "time", self.eps, ranks, keeps_seats)
                 turned = x if direction == 0 or mirrored is None else x.index_select(0, mirrored)
                 calls.append(Call(turned, h, c, in_dtype(parameters, dtype), problem))
             outputs = []
@@ -330,7 +337,7 @@ class BNLSTMBase(Grouped):
                 x = F.dropout(x, self.dropout)
         if ranks is not None:
             ranks.over = True
-        return Pass(x, torch.stack(h_n), torch.stack(c_n), moments)
+        return Pass(held.collect(x, own) if keeps_seats else x, torch.stack(h_n), torch.stack(c_n), moments)
 
     def _leaves_compiled_code(self) -> bool:
         """Whether a compiler must leave this call as it is: for a transform, or for what ranks tell each other.
@@ -363,7 +370,9 @@ class BNLSTMBase(Grouped):
         return self._through_layers(x, packing, hx, frozen, regularise=False)
 
     def _batch_populations(self, packing: Packing, start: int) -> list[Population | None]:
-        """Phantom rows of every direction, from the statistics as they are now."""
+        """Phantom rows of every direction, from the statistics as they are now; None where there are none."""
+        if self.finished == "frozen":
+            return [None] * len(self._all_suffixes())
         over_time, dtype = self.input_stats == "time", accumulation_dtype(self._like().dtype)
         with torch.no_grad():
             found = [
@@ -377,6 +386,8 @@ class BNLSTMBase(Grouped):
 
         together: with the rows of other ranks, which are counted where they meet.
         """
+        if held.check(self.finished, self.prior_count) and self.process_group is not None:
+            raise ValueError(held.NO_RANKS)
         if transformed() and not batched(self.rows):
             parameters = (p for suffix in self._all_suffixes() for p in self._parameters_of(suffix))
             if any(isinstance(s, Tensor) and batched(s) for s in (*inputs, *parameters)):
@@ -393,7 +404,8 @@ class BNLSTMBase(Grouped):
         self, x: Tensor, packing: Packing, hx: States | None, start: int, ranks: Ranks | None = None
     ) -> Pass:
         whole, again = packing if ranks is None else ranks.whole, in_backward()
-        if whole.equal:  # nothing is taken from the population
+        alone = whole.equal or self.finished == "frozen"  # nothing is taken from the population
+        if alone:
             populations: list[Population | None] = [None] * len(self._all_suffixes())
         else:
             with unwatched():
@@ -401,7 +413,7 @@ class BNLSTMBase(Grouped):
                 populations = found or self._batch_populations(whole, start)
         done = self._through_layers(x, packing, hx, populations, regularise=True, ranks=ranks)
         with unwatched():
-            if not whole.equal and not transformed():  # nor can a checkpoint run again in there
+            if not alone and not transformed():  # nor can a checkpoint run again in there
                 self._calls.remember(x, packing, hx, start, populations, (done.rows, done.h_n, done.c_n))
             if not again:
                 self._learn(done.moments, whole.batch, start)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .held import hold
 from .precision import without_autocast
 from .reference import Call, Parameters, Problem, Ran, Saved, Used, accumulation_dtype, centre
 from .statistics import Population, Statistics
@@ -102,7 +103,7 @@ def _inverse_counts(problem: Problem, dtype: torch.dtype) -> Tensor | None:
     """1/(n_t + κ_t), [T]; None where statistics are constants."""
     if problem.frozen:
         return None
-    inverse = problem.whole.count.clamp_min(1).reciprocal()
+    inverse = problem.rows_of_steps.clamp_min(1).reciprocal()
     if problem.population is not None:
         inverse = inverse * cast(Tensor, problem.population.weight)
     return inverse.to(dtype)
@@ -182,6 +183,7 @@ def backward(
         for t in reversed(range(first, last)):
             n, step = sizes[t], saved[t]
             mask = None if masks is None else masks[t]
+            counted = None if problem.held else mask
             if n > d_h.shape[0]:  # sequences whose last step this is
                 d_h = torch.cat([d_h, d_h_n[d_h.shape[0] : n]])
                 d_c = torch.cat([d_c, d_c_n[d_c.shape[0] : n]])
@@ -203,8 +205,14 @@ def backward(
                 sums_c = None
                 if ranks is not None:
                     (sums_c,) = ranks.sum_gradients(t, norm_c.sums(t, dy, c_deviation, through))
-                norm_c(t, dy, c_deviation, mask, out=through, sums=sums_c)
-            d_c_new = d_c_new + through
+                norm_c(t, dy, c_deviation, counted, out=through, sums=sums_c)
+            if (
+                mask is not None and problem.held
+            ):  # what a finished row gets here is its held state's: no gate had a part
+                d_h_held, d_c_held = d_h + d_rows[t], d_c + through
+                d_c_new = torch.where(mask, d_c_held, 0)
+            else:
+                d_h_held, d_c_held, d_c_new = d_h, d_c, d_c_new + through
 
             d_a = d_a_all[:n] if d_as is None else d_as[t]  # [n, 4H]
             d_i, d_f, d_g, d_o = d_a.chunk(4, 1)
@@ -222,13 +230,15 @@ def backward(
                 else:  # one collective for both
                     own_ih = norm_ih.sums(t, d_a, z_x_rows[t] - mean_x[t], d_z_x)
                     sums_hh, sums_ih = ranks.sum_gradients(t, own_hh, own_ih)
-            norm_hh(t, d_a, step.deviation, mask, out=d_z, sums=sums_hh)
+            norm_hh(t, d_a, step.deviation, counted, out=d_z, sums=sums_hh)
             if not by_sequence:
-                norm_ih(t, d_a, z_x_rows[t] - mean_x[t], mask, out=d_z_x, sums=sums_ih)
+                norm_ih(t, d_a, z_x_rows[t] - mean_x[t], counted, out=d_z_x, sums=sums_ih)
 
             d_h_old, d_c_old = (d_z.to(dtype) @ p.weight_hh).to(wide), d_c_new * f
             if mask is not None:  # a finished row's state passes through
-                d_h_old, d_c_old = torch.where(mask, d_h_old, d_h), torch.where(mask, d_c_old, d_c)
+                if problem.held:
+                    d_h_held = d_h_held + d_h_old
+                d_h_old, d_c_old = torch.where(mask, d_h_old, d_h_held), torch.where(mask, d_c_old, d_c_held)
             d_h, d_c = d_h_old, d_c_old
 
         if by_sequence:
@@ -348,8 +358,14 @@ def differentiable_backward(
 
 def layer(call: Call) -> Ran:
     """One layer and direction over rows, on the reference path."""
+    problem = call.problem
     with without_autocast(call.x):
-        return _layer(call)
+        if not problem.held:
+            return _layer(call)
+        if problem.over_time:
+            call = call._replace(x=hold(call.x, problem.packing))
+        ran = _layer(call)
+        return ran._replace(rows=torch.where(cast(Tensor, problem.packing.mask), ran.rows, 0))
 
 
 def _layer(call: Call) -> Ran:

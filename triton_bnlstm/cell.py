@@ -74,6 +74,7 @@ class BNLSTMCell(BNLSTMBase):
             cell_norm=cell_norm,
             input_stats=input_stats,
             prior_count=None,
+            finished="phantom",  # a step has no sequences that have ended
             gamma_init=gamma_init,
             eps=eps,
             momentum=momentum,

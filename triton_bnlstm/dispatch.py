@@ -10,6 +10,7 @@ from typing import Any
 from . import bptt
 from .backend import requested_backend, why_no_kernels
 from .distributed import NO_KERNELS
+from .held import NO_KERNELS as NO_KERNELS_HELD
 from .kernels.config import explicit_config
 from .kernels.errors import KernelError
 from .reference import Call, Ran
@@ -73,6 +74,8 @@ def for_kernels(calls: list[Call], requested: str) -> bool:
         return False
     if calls[0].problem.ranks is not None:
         reason: str | None = NO_KERNELS
+    elif calls[0].problem.held:
+        reason = NO_KERNELS_HELD
     else:
         reason = why_no_kernels(weight.device, weight.dtype) or _why_not_these(calls)
     if reason is not None and requested == "triton":

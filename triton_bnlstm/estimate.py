@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks
+from . import checks, held
 from ._base import BNLSTMBase, Pass, States
 from .distributed import GroupHandle
 from .packing import Packing
@@ -52,12 +52,12 @@ def estimate_statistics(
 
     Modes:
         * ``"batches"``: each batch is normalised as in training, with the statistics at entry behind its phantom
-          rows, and the moments of all batches are merged by their rows. One pass; the order of the batches does not
+          rows (finished="frozen": without any), and the moments of all batches are merged by their rows. One pass; the order of the batches does not
           matter, their composition does a little.
         * ``"whole"``: the data set is one batch. Step t of all rows is normalised by the statistics that these very
           rows give slot t, so evaluating the same data reproduces this pass exactly, however it is split. The last
           slot stands on the first step that it serves. One pass for each BN-LSTM module in the order of their calls;
-          inputs and states of all rows are held at once.
+          inputs and states of all rows are held at once. Not for unequal lengths with finished="frozen".
         * ``"paper"``: the plain average of the batches' means and variances, whatever their rows (Cooijmans et al.,
           section 3). One pass, normalised as in "batches".
 
@@ -356,6 +356,11 @@ class _Door:
         raise _Stop
 
 
+def _full_steps(call: Captured) -> int:
+    """Steps that all sequences of a call have."""
+    return call.packing.sizes.count(call.packing.batch)
+
+
 def _estimate_whole(
     model: nn.Module,
     layers: list[BNLSTMBase],
@@ -395,6 +400,7 @@ def _estimate_whole(
         facts["targets"] = sorted({doors.index(door) for door, _ in arrivals})
         facts["starts"] = sorted({call.start for call in calls})
         facts |= {"empty": empty, "steps": max((len(call.packing.sizes) for call in calls), default=0)}
+        facts["shortest"] = min((_full_steps(call) for call in calls if call.packing.batch), default=None)
         facts["batch"] = sum(call.packing.batch for call in calls)
         told = peers.settle(error, facts)
         _check_same(told, ("mode", "layers"))
@@ -411,6 +417,8 @@ def _estimate_whole(
             )
         target = doors[targets.pop()]
         steps, batch = max(of_rank["steps"] for of_rank in told), sum(of_rank["batch"] for of_rank in told)
+        if target.layer.finished == "frozen" and any(of_rank["shortest"] not in (None, steps) for of_rank in told):
+            raise ValueError(held.NOT_WHOLE)
         lockstep = Lockstep(peers.group, 4 * target.layer.hidden_size, target.layer.rows.device)
         try:
             run_whole(target.layer, calls, offload, starts.pop(), steps, batch, lockstep)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, traced
+from . import checks, held, traced
 from .backend import BACKENDS, SAVE_CHOICES
 from .dispatch import run
 from .packing import Packing
@@ -74,8 +74,14 @@ def population_of(
     training: bool,
     over_time: bool,
     prior_count: float | None,
+    frozen: bool,
 ) -> Population | None:
-    """What this call takes from the population: constants in evaluation, phantom rows (or None) in training."""
+    """What this call takes from the population: constants in evaluation, phantom rows (or None) in training.
+
+    frozen: sequences that have ended are counted themselves, so that there are no phantom rows.
+    """
+    if training and frozen:
+        return None
     if training:
         return training_population(statistics, packing, start, prior_count, over_time)
     resolved = resolve_statistics(statistics)
@@ -94,6 +100,7 @@ def bn_lstm(
     reverse: bool = False,
     input_stats: str = "time",
     prior_count: float | None = None,
+    finished: str = "phantom",
     eps: float = 1e-5,
     save: str = "preactivations",
     backend: str | None = None,
@@ -117,6 +124,8 @@ def bn_lstm(
         reverse: each sequence from its own last step to its first; slots count from there.
         input_stats: statistics of W_x x per time step ("time") or over all valid steps ("sequence").
         prior_count: at most so many phantom rows per step; None: every vacated seat; 0: none.
+        finished: in training, "phantom" rows in the seats of sequences that have ended, or these sequences themselves
+            with their last state, "frozen"; see `BNLSTM`.
         eps: ε added to variances.
         save: what the kernels keep of W_hh h for their backward: "preactivations", "recompute" or "auto"; see `BNLSTM`.
         backend: "auto", "reference" or "triton"; None: what `use_backend` or TRITON_BNLSTM_BACKEND say, else "auto".
@@ -126,7 +135,9 @@ def bn_lstm(
         TypeError, ValueError: an argument is wrong; the message names it.
         RuntimeError: the backend cannot run here.
     """
-    if traced.in_transform() or traced.hides_batch(input, hx):
+    frozen = held.check(finished, prior_count) and training
+    alone = held.leaves_compiled_code(frozen, input, lengths)
+    if alone or traced.in_transform() or traced.hides_batch(input, hx):
         return _uncompiled(
             input,
             parameters,
@@ -138,6 +149,7 @@ def bn_lstm(
             reverse=reverse,
             input_stats=input_stats,
             prior_count=prior_count,
+            finished=finished,
             eps=eps,
             save=save,
             backend=backend,
@@ -170,6 +182,8 @@ def bn_lstm(
     tracing = traced.asked_for(input)
     if tracing:
         given = traced.sequences_of(input, hx, lengths, False, like)
+        if frozen and given.lengths is not None:
+            raise RuntimeError(held.NOT_TRACED)
         batch = given.batch
     else:
         host_lengths = check_lengths(input, lengths, batch_first=False)
@@ -187,10 +201,14 @@ def bn_lstm(
 
     x, packing = to_rows(input, host_lengths, False, like)
     h, c = packing.seat(h), packing.seat(c)
-    population = population_of(statistics, packing, start, training, over_time, prior_count)
+    population = population_of(statistics, packing, start, training, over_time, prior_count, frozen)
     x = x.index_select(0, packing.mirror) if reverse else x
-    call = Call(x, h, c, in_dtype(parameters, dtype), Problem(packing, population, over_time, eps))
-    rows, h_n, c_n, moments = run([call], backend, save, autotune)[0]
+    seats, keeps_seats = packing, frozen and not packing.equal
+    if keeps_seats:
+        x, seats = held.spread(x, packing)
+    problem = Problem(seats, population, over_time, eps, held=keeps_seats)
+    rows, h_n, c_n, moments = run([Call(x, h, c, in_dtype(parameters, dtype), problem)], backend, save, autotune)[0]
+    rows = held.collect(rows, packing) if keeps_seats else rows
     rows = rows.index_select(0, packing.mirror) if reverse else rows
     return Result(from_rows(rows, packing, input, False), packing.unseat(h_n), packing.unseat(c_n), moments)
 

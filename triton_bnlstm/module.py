@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from typing import TYPE_CHECKING, Any, cast, overload
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, functional, plain, traced
+from . import checks, functional, held, plain, traced
 from ._base import BNLSTMBase, States
 from .agreement import attempt
 from .precision import compute_dtype
@@ -18,6 +19,9 @@ from .statistics import Moments, resolve_statistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+_NOT_SHOWN = ("input_size", "hidden_size", "device", "dtype")  # by name in a layer's repr
 
 
 def _tensors(given: Any) -> tuple[Any, ...]:
@@ -56,6 +60,10 @@ class BNLSTM(BNLSTMBase):
         cell_norm: normalise the cell state on its way to the output, equation (8) of the paper.
         input_stats: statistics of W_ih x per time step ("time", the paper), or one set over all steps ("sequence").
         prior_count: at most so many phantom rows per step. None: every vacated seat; 0: none (plain masking).
+        finished: whose rows training counts in the seats of sequences that have ended: "phantom" rows, as above; or
+            "frozen": their own, each with its last hidden state, its last input (with input_stats="time") and, under
+            cell_norm, its last cell state, through which gradients flow. Steps are then of B rows, for the population
+            too, and prior_count has no use. Unequal lengths run on the reference path, uncompiled; no process_group.
         gamma_init: initial γ. The paper's 0.1 keeps gates out of saturation; 1 makes gradients vanish.
         eps: ε, added to variances.
         momentum: weight of a full batch against the running statistics, in (0, 1]; None: all rows weigh the same.
@@ -133,6 +141,7 @@ class BNLSTM(BNLSTMBase):
         cell_norm: bool = False,
         input_stats: str = "time",
         prior_count: float | None = None,
+        finished: str = "phantom",
         gamma_init: float = 0.1,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
@@ -160,6 +169,7 @@ class BNLSTM(BNLSTMBase):
             cell_norm=cell_norm,
             input_stats=input_stats,
             prior_count=prior_count,
+            finished=finished,
             gamma_init=gamma_init,
             eps=eps,
             momentum=momentum,
@@ -207,7 +217,9 @@ class BNLSTM(BNLSTMBase):
         """See the class."""
         if plain.requested():
             return plain.run_layer(self, input, hx, lengths, start)
-        if self._leaves_compiled_code() or traced.hides_batch(input, hx):
+        frozen = self.training and self.finished == "frozen"
+        alone = held.leaves_compiled_code(frozen, input, lengths)
+        if alone or self._leaves_compiled_code() or traced.hides_batch(input, hx):
             return _forward_uncompiled(self, cast(Any, input), hx, lengths, start)
         group = self._group_to_meet()
         if group is None:
@@ -310,27 +322,10 @@ class BNLSTM(BNLSTMBase):
     def extra_repr(self) -> str:
         """Arguments that are not at their defaults."""
         shown = [f"{self.input_size}, {self.hidden_size}"]
-        defaults = {
-            "num_layers": 1,
-            "bias": True,
-            "batch_first": False,
-            "dropout": 0.0,
-            "bidirectional": False,
-            "max_length": None,
-            "cell_norm": False,
-            "input_stats": "time",
-            "prior_count": None,
-            "gamma_init": 0.1,
-            "eps": 1e-5,
-            "momentum": 0.1,
-            "recurrent_init": "orthogonal",
-            "forget_bias": 1.0,
-            "initial_noise": 0.0,
-            "save": "preactivations",
-            "backend": None,
-            "autotune": None,
-            "process_group": None,
-        }
+        given = [
+            p for p in inspect.signature(BNLSTM.__init__).parameters.values() if p.name not in ("self", *_NOT_SHOWN)
+        ]
+        defaults = {p.name: p.default for p in given}
         options = {k: self._group if k == "process_group" else getattr(self, k) for k in defaults}
         shown += [f"{k}={options[k]!r}" for k, default in defaults.items() if getattr(self, k) != default]
         return ", ".join(shown)
@@ -344,6 +339,7 @@ class BNLSTM(BNLSTMBase):
         cell_norm: bool = False,
         input_stats: str = "time",
         prior_count: float | None = None,
+        finished: str = "phantom",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         initial_noise: float = 0.0,
@@ -360,8 +356,8 @@ class BNLSTM(BNLSTMBase):
 
         Args:
             lstm: without proj_size.
-            max_length, cell_norm, input_stats, prior_count, eps, momentum, initial_noise, save, backend, autotune,
-                process_group: as for the layer.
+            max_length, cell_norm, input_stats, prior_count, finished, eps, momentum, initial_noise, save, backend,
+                autotune, process_group: as for the layer.
 
         Raises:
             TypeError: `lstm` is not an nn.LSTM.
@@ -384,6 +380,7 @@ class BNLSTM(BNLSTMBase):
             cell_norm=cell_norm,
             input_stats=input_stats,
             prior_count=prior_count,
+            finished=finished,
             gamma_init=math.sqrt(1 + eps),
             eps=eps,
             momentum=momentum,

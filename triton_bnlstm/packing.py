@@ -135,6 +135,15 @@ class Packing:
         return first[self.lengths[seat] - 1 - time] + seat
 
     @cached_property
+    def places(self) -> Tensor:
+        """[R] position of each row in a rectangle [T·B] of steps and seats; without a mask."""
+        device = self.lengths.device
+        held = self.count.to(torch.int64)
+        time = torch.repeat_interleave(torch.arange(len(self.sizes), device=device), held, output_size=sum(self.sizes))
+        vacated = (self.batch - held).cumsum(0) - (self.batch - held)  # [T] seats left empty in the steps before
+        return torch.arange(sum(self.sizes), device=device) + vacated[time]
+
+    @cached_property
     def first_rows(self) -> Tensor:
         """[len(sizes) + 1] int64: with B initial states put before the rows, the row where the state before step t
         begins, at t; and where the state after the last step does.

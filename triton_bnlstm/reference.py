@@ -60,6 +60,8 @@ class Problem(NamedTuple):
     population: None when every seat is taken in every training step; its weight is None when statistics are constants.
     over_time: statistics of W_x x per time step; False: one set over all rows.
     ranks: in training, those whose rows the statistics are made of; None: this process's rows alone.
+    held: sequences that have ended are counted with their last state in the statistics of a step, see `held`. Then the
+        packing has a mask, x its last rows again over time, and there are neither a population nor ranks.
     """
 
     packing: Packing
@@ -67,6 +69,7 @@ class Problem(NamedTuple):
     over_time: bool
     eps: float
     ranks: Ranks | None = None
+    held: bool = False
 
     @property
     def whole(self) -> Packing:
@@ -77,6 +80,22 @@ class Problem(NamedTuple):
     def frozen(self) -> bool:
         """Statistics are constants of the population: nothing is computed from the rows."""
         return self.population is not None and self.population.weight is None
+
+    @property
+    def counted(self) -> Tensor | None:
+        """Mask [R, 1] of the rows that a step's statistics are made of; None: of all rows."""
+        return None if self.held else self.packing.mask
+
+    @property
+    def counted_inputs(self) -> Tensor | None:
+        """The same for statistics of W_x x, which over sequences are of valid rows alone."""
+        return self.counted if self.over_time else self.packing.mask
+
+    @property
+    def rows_of_steps(self) -> Tensor:
+        """[T] float64, how many rows a step's statistics are made of."""
+        count = self.whole.count
+        return count.sign() * self.packing.batch if self.held else count
 
 
 class Call(NamedTuple):
@@ -165,14 +184,14 @@ def input_mean(x: Tensor, problem: Problem) -> Tensor:
 
     Any constant near the mean would do: results do not depend on it but for rounding, so it has no gradient.
     """
-    packing, wide = problem.packing, accumulation_dtype(x.dtype)
-    x, count = x.detach(), problem.whole.count.to(wide)
+    packing, wide, mask = problem.packing, accumulation_dtype(x.dtype), problem.counted_inputs
+    x, count = x.detach(), (problem.rows_of_steps if problem.over_time else problem.whole.count).to(wide)
     if problem.ranks is not None:
         total = torch.stack([part.sum(0, dtype=wide) for part in x.split(packing.sizes)])
         total = problem.ranks.sum_in_order(total)
         return total / count[:, None] if problem.over_time else (total.sum(0) / count.sum())[None]
-    if packing.mask is not None:
-        x = torch.where(packing.mask, x, 0)
+    if mask is not None:
+        x = torch.where(mask, x, 0)
     if not problem.over_time:
         return (x.sum(0, dtype=wide) / count.sum())[None]
     if packing.sizes[-1] == packing.batch:
@@ -195,18 +214,17 @@ def centre(x: Tensor, mean: Tensor, packing: Packing, first: int = 0, last: int 
 
 def _input_moments(z: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """Moments of z_x [R, C] in all steps at once: [T, C], or [1, C] over sequences."""
-    packing = problem.packing
+    packing, mask = problem.packing, problem.counted_inputs
     count = packing.count.to(z.dtype)
     if problem.ranks is not None:
         found = [_moments_of_any_rows(part) for part in (z.split(packing.sizes) if problem.over_time else [z])]
         return problem.ranks.merge_steps(*(torch.stack(moments) for moments in zip(*found, strict=True)))
     if not problem.over_time:
-        mask = packing.mask
         mean, var, _ = moments_of_rows(z) if mask is None else _moments_of_valid_rows(z, mask, count.sum())
         return mean[None], var[None]
     by_step = (-1, packing.batch, z.shape[1])
-    if packing.mask is not None:
-        mask, count = packing.mask.view(-1, packing.batch, 1), count.clamp_min(1)[:, None]
+    if mask is not None:
+        mask, count = mask.view(-1, packing.batch, 1), count.clamp_min(1)[:, None]
         mean, var, _ = _moments_of_valid_rows(z.view(by_step), mask, count)
         return mean, var
     if _one_step_at_a_time(z, packing):
@@ -240,8 +258,7 @@ def _use_input_statistics(
     offset = F.linear(x_mean.double(), weight_ih.double())
     if problem.ranks is not None:
         offset = problem.ranks.of_first(offset)
-    count = problem.whole.count
-    own_count = count if problem.over_time else count.sum(0, keepdim=True)
+    own_count = problem.rows_of_steps if problem.over_time else problem.whole.count.sum(0, keepdim=True)
     own = Moments((mean + offset).to(z.dtype).detach(), var.detach(), own_count)
     pull = None
     if population is not None and problem.over_time:
@@ -262,8 +279,8 @@ def project_input(
     x_mean = None if problem.frozen else input_mean(x, problem)
     if x_mean is not None:
         x = centre(x, x_mean, problem.packing)
-        if problem.packing.mask is not None:
-            x = torch.where(problem.packing.mask, x, 0)  # −x̄ is finite, W_x x̄ need not be
+        if problem.counted_inputs is not None:
+            x = torch.where(problem.counted_inputs, x, 0)  # −x̄ is finite, W_x x̄ need not be
     z_x = F.linear(x.to(dtype), weight_ih.to(dtype)).to(accumulation_dtype(dtype))
     return z_x, *_use_input_statistics(z_x, x_mean, weight_ih, problem)
 
@@ -310,7 +327,7 @@ class _StepNorm:
 
     def moments(self) -> Moments:
         """The batch's own moments, [T, C]."""
-        return Moments(torch.stack(self.means).detach(), torch.stack(self.vars).detach(), self.problem.whole.count)
+        return Moments(torch.stack(self.means).detach(), torch.stack(self.vars).detach(), self.problem.rows_of_steps)
 
 
 def forward(
@@ -331,7 +348,7 @@ def forward(
         saved: a list that takes what the hand-written backward needs.
 
     Returns:
-        output rows [R, H]; h_n and c_n [B, H], each sequence's at its own last step; the batch's moments (None when
+        output rows [R, H], beyond a sequence's end 0 (held: h as it stays, which others are normalised by); h_n and c_n [B, H], each sequence's at its own last step; the batch's moments (None when
         statistics are frozen); z_x [R, 4H] and the statistics that normalise it.
     """
     weight_ih, weight_hh, bias, gamma_ih, gamma_hh, gamma_c, beta_c = parameters
@@ -365,8 +382,9 @@ def forward(
             finished_c.append(c[n:])
             h, c = h[:n], c[:n]
         mask = None if masks is None else masks[t]
+        counted = None if problem.held else mask
 
-        deviation, rstd = norm_hh(t, F.linear(h, weight_hh).to(wide), mask)
+        deviation, rstd = norm_hh(t, F.linear(h, weight_hh).to(wide), counted)
         a = add_product(torch.addcmul(shifts[t], z_t, scales[t]), deviation, gamma_hh * rstd)  # [n, 4H]
         i, f, g, o, c_new = update_cell(a, c)
         if norm_c is None:
@@ -375,7 +393,8 @@ def forward(
         else:
             assert gamma_c is not None
             assert beta_c is not None
-            c_deviation, c_rstd = norm_c(t, c_new, mask)
+            c_seen = torch.where(mask, c_new, c) if problem.held and mask is not None else c_new
+            c_deviation, c_rstd = norm_c(t, c_seen, counted)
             squashed = torch.addcmul(beta_c, c_deviation, gamma_c * c_rstd).tanh()
         if saved is not None:
             saved.append(Saved(deviation, rstd, i, f, g, o, c_new, c_deviation, c_rstd))
@@ -388,7 +407,7 @@ def forward(
             outputs.append(h)
         else:
             h, c = torch.where(mask, h_new, h), torch.where(mask, c_new, c)
-            outputs.append(torch.where(mask, h_new, 0))
+            outputs.append(h if problem.held else torch.where(mask, h_new, 0))
 
     h_n, c_n = torch.cat([h, *reversed(finished_h)]), torch.cat([c, *reversed(finished_c)])
     moments = None

@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, ops
+from . import checks, held, ops
 from .backend import SAVE_CHOICES, traced_backend
 from .kept import list_of_parameters, moments_of_list
 from .precision import compute_dtype, in_dtype, in_input_dtype
@@ -34,7 +34,8 @@ NO_TRANSFORMS = (
 # What a compiler says where it may not step back from a graph.
 UNCOMPILED = (
     "a compiled BN-LSTM goes through no transform of torch.func (grad, vjp, jvp, vmap, ...), has no forward-mode "
-    "derivatives, meets no other ranks (process_group, in training), and cannot see how many sequences a "
+    "derivatives, meets no other ranks (process_group, in training), counts no sequences that have ended "
+    '(finished="frozen", in training with lengths), and cannot see how many sequences a '
     "PackedSequence holds that does not say it (pack with enforce_sorted=False, or give hx, or a tensor and lengths): "
     "such a call is made uncompiled, which fullgraph=True does not allow"
 )
@@ -205,7 +206,12 @@ def run(layer: BNLSTMBase, given: Sequences, hx: States | None, start: int) -> t
 
     Returns:
         output as x came, with directions · H columns; h_n and c_n as hx.
+
+    Raises:
+        RuntimeError: sequences that have ended are to be counted, which the operators do not do.
     """
+    if layer.training and layer.finished == "frozen" and given.lengths is not None:
+        raise RuntimeError(held.NOT_TRACED)
     norms = Norms(
         layer.training,
         start,
