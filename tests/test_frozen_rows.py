@@ -17,7 +17,7 @@ from bench.paper.formulations import FORMULATIONS, Batch, Weights
 from bench.paper.formulations import forward as formulation_forward
 from tests.oracle import Slot, learnt
 from tests.support import CLOSE, assert_same_buffers, buffers, make_layer
-from triton_bnlstm import BNLSTM, bn_lstm, dispatch, estimate_statistics, traced, update_statistics
+from triton_bnlstm import BNLSTM, bn_lstm, dispatch, estimate_statistics, functional, traced, update_statistics
 from triton_bnlstm.distributed import NO_KERNELS
 from triton_bnlstm.packing import Packing
 from triton_bnlstm.reference import Parameters
@@ -100,15 +100,16 @@ def transcribed(
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """All layers and directions: output, h_n, c_n, and the statistics after this step."""
     frames = [[x[t, b] for t in range(length)] for b, length in enumerate(LENGTHS)]
-    h_n, c_n, after, place = [], [], {}, 0
+    h_n, c_n, place = [], [], 0
+    after: dict[str, Tensor] = {}
     for suffixes in layer._suffixes:
         found = []
         for suffix in suffixes:
             p = {k: v for k, v in layer._parameters_of(suffix)._asdict().items() if v is not None}
             reverse = suffix.endswith("_reverse")
             turned = [list(reversed(one)) if reverse else one for one in frames]
-            hc = [list(state[place]) for state in hx]
-            outputs, h, c, seen = direction(p, turned, *hc, layer.input_stats == "time", layer.eps)
+            h_0, c_0 = (list(state[place]) for state in hx)
+            outputs, h, c, seen = direction(p, turned, h_0, c_0, layer.input_stats == "time", layer.eps)
             found.append([list(reversed(one)) if reverse else one for one in outputs])
             h_n.append(torch.stack(h))
             c_n.append(torch.stack(c))
@@ -200,7 +201,7 @@ def test_counts_are_of_all_rows(input_stats, cell_norm):
 def test_nothing_is_taken_from_the_population():
     x = rectangle()
     outputs = [frozen(seen=seen, cell_norm=True)(x, lengths=LENGTHS)[0] for seen in (False, True)]
-    assert torch.equal(*(nn.utils.parameters_to_vector([y]) for y in outputs)) or torch.equal(*outputs)
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("form", ["none", "lengths", "packed"])
@@ -251,7 +252,7 @@ def test_is_the_papers_frozen_rows(input_stats, cell_norm):
             torch.testing.assert_close(getattr(moments, kind), getattr(own[norm], kind)[:, 0], **CLOSE)
 
 
-@pytest.mark.parametrize(("input_stats", "cell_norm"), NORMS)
+@pytest.mark.parametrize(("input_stats", "cell_norm"), [("time", True), ("sequence", False)])
 def test_gradcheck_and_gradgradcheck(input_stats, cell_norm):
     layer = frozen(input_size=2, hidden_size=2, input_stats=input_stats, cell_norm=cell_norm, max_length=3)
     x = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
@@ -323,6 +324,12 @@ def test_checkpoint(use_reentrant):
 # A pass over data
 
 
+class MaskedPacking(Packing):
+    @classmethod
+    def of_host_lengths(cls, steps, lengths, device):
+        return Packing.of_device_lengths(steps, lengths)
+
+
 @pytest.mark.parametrize("mode", ["batches", "paper"])
 def test_estimate_reproduces_a_training_pass(mode):
     """Statistics of one batch are those that a training step of it has taught to a layer that never forgets."""
@@ -339,8 +346,8 @@ def test_estimate_reproduces_a_training_pass(mode):
 @pytest.mark.parametrize("items", [[[4, 2]], [[4, 4], [3, 3]], [[2, 2], [4, 3]]])
 @pytest.mark.parametrize("on_device", [False, True])
 def test_whole_is_for_equal_lengths(items, on_device, monkeypatch):
-    if on_device:
-        masked(monkeypatch)
+    if on_device:  # only where the layer packs its input: the pass itself goes by the real one
+        monkeypatch.setattr(functional, "Packing", MaskedPacking)
     layer = frozen()
     before = buffers(layer)
     data = [(torch.randn(4, 2, 3, dtype=torch.float64), None, lengths) for lengths in items]
@@ -371,8 +378,6 @@ def test_argument():
     assert BNLSTM.from_lstm(nn.LSTM(3, 4), max_length=5).finished == "phantom"
     with pytest.raises(ValueError, match="finished"):
         BNLSTM(3, 4, max_length=5, finished="held")
-    with pytest.raises(TypeError, match="finished"):
-        BNLSTM(3, 4, max_length=5, finished=None)
 
 
 @pytest.mark.parametrize("prior_count", [0, 3.5])
@@ -417,10 +422,9 @@ def test_kernels_say_that_they_do_not_have_it(monkeypatch):
     layer, x = frozen(), rectangle()
     with pytest.raises(RuntimeError, match=r'backend="triton": finished="frozen"'):
         frozen(backend="triton")(x, lengths=LENGTHS)
-    with pytest.warns(RuntimeWarning, match=r'reference path: finished="frozen"') as told:
+    with pytest.warns(RuntimeWarning, match=r'reference path: finished="frozen"'):
         layer(x, lengths=LENGTHS)
-        layer(x, lengths=LENGTHS)
-    assert len(told) == 1
+    layer(x, lengths=LENGTHS)  # said once: a second warning would be an error here
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         frozen(backend="reference")(x, lengths=LENGTHS)
@@ -439,6 +443,7 @@ def test_compiled_code_leaves_it():
     compiled = torch.compile(layer, backend="eager")
     assert torch.equal(compiled(x, lengths=LENGTHS)[0], twin(x, lengths=LENGTHS)[0])
     assert_same_buffers(buffers(layer), buffers(twin))
+    torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="frozen"):
         torch.compile(layer, backend="eager", fullgraph=True)(x, lengths=LENGTHS)
     assert 'finished="frozen"' in traced.UNCOMPILED
@@ -460,6 +465,7 @@ def test_tracing_and_export_are_refused():
             bn_lstm(fake, parameters, known, None, LENGTHS, training=True, finished="frozen")
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch.func's own
 def test_transforms_and_forward_mode():
     """Models of an ensemble each by its own rows, and derivatives of torch.func those of the hand-written backward."""
     layers = [frozen(seed=seed, cell_norm=True, bidirectional=True) for seed in (1, 2)]

@@ -183,7 +183,7 @@ def backward(
         for t in reversed(range(first, last)):
             n, step = sizes[t], saved[t]
             mask = None if masks is None else masks[t]
-            counted = None if problem.held else mask
+            counted, kept = (None, mask) if problem.held else (mask, None)
             if n > d_h.shape[0]:  # sequences whose last step this is
                 d_h = torch.cat([d_h, d_h_n[d_h.shape[0] : n]])
                 d_c = torch.cat([d_c, d_c_n[d_c.shape[0] : n]])
@@ -206,13 +206,11 @@ def backward(
                 if ranks is not None:
                     (sums_c,) = ranks.sum_gradients(t, norm_c.sums(t, dy, c_deviation, through))
                 norm_c(t, dy, c_deviation, counted, out=through, sums=sums_c)
-            if (
-                mask is not None and problem.held
-            ):  # what a finished row gets here is its held state's: no gate had a part
-                d_h_held, d_c_held = d_h + d_rows[t], d_c + through
-                d_c_new = torch.where(mask, d_c_held, 0)
-            else:
+            if kept is None:
                 d_h_held, d_c_held, d_c_new = d_h, d_c, d_c_new + through
+            else:  # what comes to a finished row here is its held state's, in which no gate had a part
+                d_h_held, d_c_held = d_h + d_rows[t], d_c + through
+                d_c_new = torch.where(kept, d_c_held, 0)
 
             d_a = d_a_all[:n] if d_as is None else d_as[t]  # [n, 4H]
             d_i, d_f, d_g, d_o = d_a.chunk(4, 1)
@@ -236,7 +234,7 @@ def backward(
 
             d_h_old, d_c_old = (d_z.to(dtype) @ p.weight_hh).to(wide), d_c_new * f
             if mask is not None:  # a finished row's state passes through
-                if problem.held:
+                if kept is not None:  # and gets what statistics are told by it
                     d_h_held = d_h_held + d_h_old
                 d_h_old, d_c_old = torch.where(mask, d_h_old, d_h_held), torch.where(mask, d_c_old, d_c_held)
             d_h, d_c = d_h_old, d_c_old

@@ -52,8 +52,8 @@ def estimate_statistics(
 
     Modes:
         * ``"batches"``: each batch is normalised as in training, with the statistics at entry behind its phantom
-          rows (finished="frozen": without any), and the moments of all batches are merged by their rows. One pass; the order of the batches does not
-          matter, their composition does a little.
+          rows (of which there are none with finished="frozen"), and the moments of all batches are merged by their
+          rows. One pass; the order of the batches does not matter, their composition does a little.
         * ``"whole"``: the data set is one batch. Step t of all rows is normalised by the statistics that these very
           rows give slot t, so evaluating the same data reproduces this pass exactly, however it is split. The last
           slot stands on the first step that it serves. One pass for each BN-LSTM module in the order of their calls;

@@ -30,8 +30,8 @@ NOT_TRACED = (
     'finished="frozen": training with lengths, or on a PackedSequence, can neither be exported nor traced; call eval()'
 )
 NOT_WHOLE = (
-    'mode="whole": with finished="frozen" a batch depends on how long its longest sequence is, and sequences of unequal '
-    'lengths cannot be taken as one batch that evaluation reproduces; use mode="batches"'
+    'mode="whole": with finished="frozen" sequences of unequal lengths cannot be taken as one batch, whose statistics '
+    'would be of rows that evaluation does not have; use mode="batches"'
 )
 
 

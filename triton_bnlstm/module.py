@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-_NOT_SHOWN = ("input_size", "hidden_size", "device", "dtype")  # by name in a layer's repr
+_NOT_SHOWN = ("self", "input_size", "hidden_size", "device", "dtype")  # by name in a layer's repr
 
 
 def _tensors(given: Any) -> tuple[Any, ...]:
@@ -322,10 +322,8 @@ class BNLSTM(BNLSTMBase):
     def extra_repr(self) -> str:
         """Arguments that are not at their defaults."""
         shown = [f"{self.input_size}, {self.hidden_size}"]
-        given = [
-            p for p in inspect.signature(BNLSTM.__init__).parameters.values() if p.name not in ("self", *_NOT_SHOWN)
-        ]
-        defaults = {p.name: p.default for p in given}
+        arguments = inspect.signature(BNLSTM.__init__).parameters
+        defaults = {name: a.default for name, a in arguments.items() if name not in _NOT_SHOWN}
         options = {k: self._group if k == "process_group" else getattr(self, k) for k in defaults}
         shown += [f"{k}={options[k]!r}" for k, default in defaults.items() if getattr(self, k) != default]
         return ", ".join(shown)

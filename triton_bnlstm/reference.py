@@ -348,8 +348,9 @@ def forward(
         saved: a list that takes what the hand-written backward needs.
 
     Returns:
-        output rows [R, H], beyond a sequence's end 0 (held: h as it stays, which others are normalised by); h_n and c_n [B, H], each sequence's at its own last step; the batch's moments (None when
-        statistics are frozen); z_x [R, 4H] and the statistics that normalise it.
+        output rows [R, H], beyond a sequence's end 0 (held: h as it stays, which a step's statistics are made of); h_n
+        and c_n [B, H], each sequence's at its own last step; the batch's moments (None when statistics are frozen);
+        z_x [R, 4H] and the statistics that normalise it.
     """
     weight_ih, weight_hh, bias, gamma_ih, gamma_hh, gamma_c, beta_c = parameters
     packing, population = problem.packing, problem.population
