@@ -46,8 +46,8 @@ def measure(rounds: int, device: str) -> dict[str, float]:
     from triton_bnlstm.packing import Packing
 
     torch.set_num_threads(1)
-    layer = BNLSTM(8, 8, max_length=4, backend="triton", device=device)
-    frozen = BNLSTM(8, 8, max_length=4, backend="triton", device=device).eval()
+    layer = BNLSTM(8, 8, max_length=4, input_stats="time", backend="triton", device=device)
+    frozen = BNLSTM(8, 8, max_length=4, input_stats="time", backend="triton", device=device).eval()
     lstm = nn.LSTM(8, 8, device=device)
     x, h = torch.randn(4, 4, 8, device=device), torch.zeros(1, 4, 8, device=device)
     parameters = kept.list_of_parameters([layer._parameters_of("_l0")])

@@ -220,7 +220,7 @@ def notes(outcomes: Iterable[Outcome], device: torch.device) -> list[str]:
     """What a reader of the figures has to know."""
     options = [
         f"BN-LSTM on {outcome.task.title.lower()}: cell_norm={s.cell_norm}, input_stats={s.input_stats!r}, "
-        f"initial_noise={s.initial_noise:g}; the layer's defaults are False, 'time', 0."
+        f"initial_noise={s.initial_noise:g}; the layer's defaults are False, 'sequence', 0."
         for outcome in outcomes
         for s in [outcome.settings]
     ]

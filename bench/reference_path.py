@@ -66,9 +66,9 @@ def main() -> None:
     x = torch.randn(size.steps, size.batch, size.input, requires_grad=True)
     lengths = torch.linspace(max(1, size.steps // 4), size.steps, size.batch).long()
     lstm = nn.LSTM(size.input, size.hidden)
-    looped_layer = BNLSTM(size.input, size.hidden, max_length=size.steps)
+    looped_layer = BNLSTM(size.input, size.hidden, max_length=size.steps, input_stats="time")
     loop = BatchNormLoop(looped_layer)
-    layer = BNLSTM(size.input, size.hidden, max_length=size.steps, backend="reference")
+    layer = BNLSTM(size.input, size.hidden, max_length=size.steps, input_stats="time", backend="reference")
 
     def step(forward: Callable[[], Tensor]) -> Callable[[], None]:
         def run() -> None:

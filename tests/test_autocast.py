@@ -158,7 +158,13 @@ def test_the_other_entries(backend):
     with autocast():
         expected, _ = layer(x)
         found = bn_lstm(
-            x, layer._parameters_of("_l0"), layer._statistics_of("_l0"), training=False, eps=layer.eps, backend=backend
+            x,
+            layer._parameters_of("_l0"),
+            layer._statistics_of("_l0"),
+            training=False,
+            eps=layer.eps,
+            input_stats="time",
+            backend=backend,
         )
         assert torch.equal(found.output, expected)
         cell, hx = BNLSTMCell.from_layer(layer), None

@@ -115,7 +115,7 @@ def test_an_average_goes_through_its_state_dict(use_buffers):
     x = torch.randn(6, 3, 3).double()
     assert torch.equal(averaged.eval()(x, LENGTHS[0]), other.eval()(x, LENGTHS[0]))
     names = {name.removeprefix("module.rnn."): value for name, value in other.state_dict().items() if "rnn" in name}
-    layer = BNLSTM(3, 4, 2, cell_norm=True, max_length=6, eps=3e-3).double()
+    layer = BNLSTM(3, 4, 2, cell_norm=True, input_stats="time", max_length=6, eps=3e-3).double()
     layer.load_state_dict(names)  # the layer alone, out of the average
     assert torch.equal(layer.eval()(x)[0], averaged.module.rnn(x)[0])
     averaged_over_training(model := Model(), use_buffers, "EMA", steps=1)

@@ -223,7 +223,8 @@ def test_the_pure_function(backend, reverse):
 
     def run(x, lengths):
         parameters, statistics = layer._parameters_of("_l0"), layer._statistics_of("_l0")
-        result = bn_lstm(x, parameters, statistics, lengths=lengths, training=True, reverse=reverse, backend=backend)
+        options = {"reverse": reverse, "input_stats": "time", "backend": backend}
+        result = bn_lstm(x, parameters, statistics, lengths=lengths, training=True, **options)
         return result.output, result.h_n, result.moments
 
     found, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(x, RAGGED), run(x, RAGGED)

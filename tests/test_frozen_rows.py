@@ -289,6 +289,7 @@ def test_the_function_is_the_layer(reverse, cell_norm):
         training=True,
         reverse=reverse,
         finished="frozen",
+        input_stats="time",
         eps=layer.eps,
     )
     output, (h_n, c_n) = layer(x, hx, LENGTHS)
@@ -371,8 +372,8 @@ def test_whole_of_equal_lengths_is_as_ever():
 
 def test_argument():
     assert "finished" not in repr(BNLSTM(3, 4, max_length=5))
-    layer = BNLSTM(3, 4, max_length=5, input_stats="sequence", finished="frozen", eps=1e-3)
-    assert repr(layer) == "BNLSTM(3, 4, max_length=5, input_stats='sequence', finished='frozen', eps=0.001)"
+    layer = BNLSTM(3, 4, max_length=5, input_stats="time", finished="frozen", eps=1e-3)
+    assert repr(layer) == "BNLSTM(3, 4, max_length=5, input_stats='time', finished='frozen', eps=0.001)"
     assert copy.deepcopy(layer).finished == "frozen"
     assert BNLSTM.from_lstm(nn.LSTM(3, 4), max_length=5, finished="frozen").finished == "frozen"
     assert BNLSTM.from_lstm(nn.LSTM(3, 4), max_length=5).finished == "phantom"
@@ -461,8 +462,9 @@ def test_tracing_and_export_are_refused():
         layer(fake)  # equal lengths know no such rows
         known = layer._statistics_of("_l0")
         parameters = layer._parameters_of("_l0")
+        options = {"input_stats": "time", "finished": "frozen"}
         with pytest.raises(RuntimeError, match=r'finished="frozen"'):
-            bn_lstm(fake, parameters, known, None, LENGTHS, training=True, finished="frozen")
+            bn_lstm(fake, parameters, known, None, LENGTHS, training=True, **options)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch.func's own

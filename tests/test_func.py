@@ -160,7 +160,7 @@ def test_the_pure_function_goes_through_vmap():
     given = layer._parameters_of("_l0"), layer._statistics_of("_l0")
 
     def run(y):
-        result = bn_lstm(y, *given, lengths=RAGGED, training=True)
+        result = bn_lstm(y, *given, lengths=RAGGED, training=True, input_stats="time")
         return result.output, result.moments.hh.mean
 
     output, mean = vmap(run)(x)

@@ -69,7 +69,7 @@ def test_cell_and_function(of):
     else:
         given = layer._parameters_of("_l0"), layer._statistics_of("_l0")
         x = torch.randn(6, 3, 3).double()
-        run = TRANSFORMS["jvp"](lambda y: bn_lstm(y, given[0], given[1], training=False).output)
+        run = TRANSFORMS["jvp"](lambda y: bn_lstm(y, *given, training=False, input_stats="time").output)
     with pytest.raises(Unsupported, match="a compiled BN-LSTM goes through no transform"):
         torch.compile(run, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(torch.compile(run, backend="aot_eager")(x), run(x), **CLOSE)

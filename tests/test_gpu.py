@@ -48,6 +48,7 @@ def precision(request):
 def real_layer(columns: int, hidden: int, dtype: torch.dtype = torch.float32, **options) -> BNLSTM:
     """As initialised, γ = 0.1, with a population from one step."""
     torch.manual_seed(1)
+    options.setdefault("input_stats", "time")
     layer = BNLSTM(columns, hidden, max_length=20, backend="triton", device="cuda", **options)
     layer(torch.randn(24, 32, columns, device="cuda"))
     return layer.to(dtype)

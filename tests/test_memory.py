@@ -61,7 +61,15 @@ def test_bytes_saved(save, kind, columns, cell_norm, dtype, monkeypatch):
     if kind == "device":
         device_lengths(monkeypatch)
     layer = BNLSTM(
-        columns, hidden, max_length=6, cell_norm=cell_norm, save=save, dtype=dtype, device=DEVICE, backend="triton"
+        columns,
+        hidden,
+        max_length=6,
+        cell_norm=cell_norm,
+        input_stats="time",
+        save=save,
+        dtype=dtype,
+        device=DEVICE,
+        backend="triton",
     )
     x = torch.randn(steps, batch, columns, dtype=dtype, device=DEVICE)
     size = kept(layer(x, lengths=lengths)[0])
@@ -151,7 +159,9 @@ def test_peak_of_a_training_step(save, columns, kept, ratio, monkeypatch):
     monkeypatch.setattr(fused_backward, "_BLOCK_ROWS", 256)
     steps, batch, size = 64, 64, 32
     x = torch.randn(steps, batch, columns, dtype=torch.bfloat16, device=DEVICE)
-    layer = BNLSTM(columns, size, max_length=steps, save=save, dtype=x.dtype, device=DEVICE, backend="triton")
+    layer = BNLSTM(
+        columns, size, max_length=steps, input_stats="time", save=save, dtype=x.dtype, device=DEVICE, backend="triton"
+    )
     given = x.clone().requires_grad_(columns > 1)
     with Live() as ours:
         layer(given)[0].sum().backward()

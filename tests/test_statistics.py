@@ -92,7 +92,14 @@ def test_update_statistics_is_what_the_module_does():
     copy = Statistics(*(m.clone() for m in before))
     x, lengths = torch.randn(8, 5, 3).double(), [8, 2, 3, 8, 1]
     result = bn_lstm(
-        x, layer._parameters_of("_l0"), copy, lengths=lengths, training=True, eps=layer.eps, prior_count=1.5
+        x,
+        layer._parameters_of("_l0"),
+        copy,
+        lengths=lengths,
+        training=True,
+        eps=layer.eps,
+        input_stats="time",
+        prior_count=1.5,
     )
     after = update_statistics(copy, result.moments, momentum=0.1)
     output, _ = layer(x, lengths=lengths)
@@ -105,7 +112,7 @@ def test_update_statistics_is_what_the_module_does():
 
 
 def test_bn_lstm_is_pure():
-    layer = make_layer()
+    layer = make_layer(input_stats="sequence")
     before = buffers(layer)
     arguments = layer._parameters_of("_l0"), layer._statistics_of("_l0")
     first = bn_lstm(x := torch.randn(6, 4, 3).double(), *arguments, lengths=[6, 1, 2, 3], training=True)

@@ -98,7 +98,7 @@ def bn_lstm(
     training: bool,
     start: int = 0,
     reverse: bool = False,
-    input_stats: str = "time",
+    input_stats: str = "sequence",
     prior_count: float | None = None,
     finished: str = "phantom",
     eps: float = 1e-5,
@@ -122,7 +122,7 @@ def bn_lstm(
         training: normalise by the batch rather than by the population.
         start: slot of the first step, in steps.
         reverse: each sequence from its own last step to its first; slots count from there.
-        input_stats: statistics of W_x x per time step ("time") or over all valid steps ("sequence").
+        input_stats: statistics of W_x x over all valid steps ("sequence"), or per time step as in the paper ("time").
         prior_count: at most so many phantom rows per step; None: every vacated seat; 0: none.
         finished: in training, "phantom" rows in the seats of sequences that have ended, or these sequences themselves
             with their last state, "frozen"; see `BNLSTM`.

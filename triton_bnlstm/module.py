@@ -58,7 +58,8 @@ class BNLSTM(BNLSTMBase):
         max_length: slots S of the population statistics. Steps beyond use the last slot, so this bounds memory, not
             sequence length.
         cell_norm: normalise the cell state on its way to the output, equation (8) of the paper.
-        input_stats: statistics of W_ih x per time step ("time", the paper), or one set over all steps ("sequence").
+        input_stats: one set of statistics of W_ih x over all steps of all sequences ("sequence"), which learnt better
+            on each data set that was tried (bench/paper/README.md), or one per time step ("time", as in the paper).
         prior_count: at most so many phantom rows per step. None: every vacated seat; 0: none (plain masking).
         finished: whose rows training counts in the seats of sequences that have ended: "phantom" rows, as above; or
             "frozen": their own, each with its last hidden state, its last input (with input_stats="time") and, under
@@ -139,7 +140,7 @@ class BNLSTM(BNLSTMBase):
         *,
         max_length: int,
         cell_norm: bool = False,
-        input_stats: str = "time",
+        input_stats: str = "sequence",
         prior_count: float | None = None,
         finished: str = "phantom",
         gamma_init: float = 0.1,
@@ -335,7 +336,7 @@ class BNLSTM(BNLSTMBase):
         *,
         max_length: int,
         cell_norm: bool = False,
-        input_stats: str = "time",
+        input_stats: str = "sequence",
         prior_count: float | None = None,
         finished: str = "phantom",
         eps: float = 1e-5,

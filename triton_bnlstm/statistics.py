@@ -50,7 +50,7 @@ class Statistics(NamedTuple):
         hidden_size: int,
         *,
         cell_norm: bool = False,
-        input_stats: str = "time",
+        input_stats: str = "sequence",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Statistics:
