@@ -119,7 +119,8 @@ def run(arguments: dict[str, Any], settings: Settings, device: str, report: Repo
     if arguments["model"] == "recipe":
         layer: Recipe | BNLSTM = Recipe(task.features, hidden, task.steps, initial_noise=NOISE)
     else:
-        layer = BNLSTM(task.features, hidden, max_length=task.steps, cell_norm=True, initial_noise=NOISE)
+        options: dict[str, Any] = {"cell_norm": True, "input_stats": "time", "initial_noise": NOISE}
+        layer = BNLSTM(task.features, hidden, max_length=task.steps, **options)
     model = Model(layer, hidden, task.classes, every_step=False).to(where)
     optimiser = torch.optim.RMSprop(model.parameters(), rate["rate"], momentum=MOMENTUM)
     noisy_cells = isinstance(layer, Recipe)

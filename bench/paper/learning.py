@@ -120,9 +120,8 @@ def layer_of(model: str, task: Task, hidden_size: int, **options: Any) -> nn.Mod
             bias_hh.zero_()
             bias_ih.chunk(4)[1].fill_(1)
         return layer
-    return BNLSTM(
-        task.features, hidden_size, **{"max_length": task.steps, "cell_norm": model.endswith("cell norm"), **options}
-    )
+    options = {"max_length": task.steps, "input_stats": "time", **options}  # statistics as in the paper
+    return BNLSTM(task.features, hidden_size, cell_norm=model.endswith("cell norm"), **options)
 
 
 def train(

@@ -96,6 +96,7 @@ class Recipe(nn.Module):
             self.hidden_size,
             max_length=self.max_length,
             cell_norm=True,
+            input_stats="time",
             eps=self.eps,
             device=self.bias.device,
             dtype=self.bias.dtype,
