@@ -169,7 +169,7 @@ def test_run_tables_and_plot(images, tmp_path):
 
 def test_scores_leave_the_model_as_it_was(images):
     torch.manual_seed(0)
-    layer = BNLSTM(1, 5, max_length=6, cell_norm=True)
+    layer = BNLSTM(1, 5, max_length=6, cell_norm=True, input_stats="time")
     model = Model(layer, 5, 2, every_step=False)
     test = evaluation.items(images, images.test, 10, 5, False, CPU)
     known = evaluation.items(images, images.train, 10, 5, False, CPU)

@@ -29,7 +29,7 @@ def double(*shape, seed=0):
 def images(monkeypatch):
     """Noise in place of digits, whose reading takes seconds."""
     made = Images(torch.rand(9, T), torch.arange(9) % CLASSES, *(torch.arange(9) for _ in range(3)), CLASSES)
-    monkeypatch.setattr(flow, "_images", lambda side: made)
+    monkeypatch.setattr(gradients, "_images", lambda side: made)
 
 
 def norm(a, gamma):
@@ -109,7 +109,7 @@ def test_rnn_gradients_are_those_of_the_equations(start, gamma):
 def test_norms_are_of_sequences_and_their_mean_is_taken(monkeypatch):
     rows = torch.tensor([[3.0, 4.0], [0.0, 3.0]], dtype=torch.float64)  # norms 5 and 3
     zero = torch.zeros(2, H, dtype=torch.float64)
-    monkeypatch.setattr(flow, "hidden_gradients", lambda *arguments: ([zero, zero], [rows, 0 * rows]))
+    monkeypatch.setattr(gradients, "hidden_gradients", lambda *arguments: ([zero, zero], [rows, 0 * rows]))
     found = gradients.measure(gradients.Case("RNN", "identity", None), SETTINGS, 0, "cpu")
     assert found["norm"][0] == pytest.approx(math.log10(4))
     assert math.isfinite(found["norm"][1])  # what has died is at the end of float64, not at −∞

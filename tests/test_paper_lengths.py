@@ -99,7 +99,7 @@ def made_up(worse: float) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize(
-    ("worse", "words"), [(0.2, "worse in 4"), (-0.2, "better in 4"), (0.0, "no clear difference in 4")]
+    ("worse", "words"), [(0.2, "worse in 2"), (-0.2, "better in 2"), (0.0, "no clear difference in 2")]
 )
 def test_the_summary_says_what_the_numbers_say(worse, words):
     settings, results = made_up(worse)

@@ -103,8 +103,8 @@ def test_kept_slots_are_few_and_hold_both_ends():
 
 def test_fewer_slots_are_what_a_layer_with_fewer_would_have():
     torch.manual_seed(0)
-    many = BNLSTM(2, 4, max_length=9, cell_norm=True)
-    few = BNLSTM(2, 4, max_length=3, cell_norm=True)
+    many = BNLSTM(2, 4, max_length=9, cell_norm=True, input_stats="time")
+    few = BNLSTM(2, 4, max_length=3, cell_norm=True, input_stats="time")
     few.load_state_dict({**few.state_dict(), **dict(many.named_parameters())})
     x = torch.randn(9, 30, 2)
     estimate_statistics(many, [x])

@@ -293,6 +293,8 @@ def figure(settings: Settings, results: Results, note: str) -> Figure:
         axes.set_title(TITLES[task], fontsize=10)
         axes.set_ylabel("validation, bits per character" if task == "text" else "validation loss, nats", fontsize=9)
         axes.set_yscale("linear" if task == "text" else "log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
         axes.set_xlabel("training steps", fontsize=9)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
