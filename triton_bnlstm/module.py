@@ -65,7 +65,8 @@ class BNLSTM(BNLSTMBase):
             "frozen": their own, each with its last hidden state, its last input (with input_stats="time") and, under
             cell_norm, its last cell state, through which gradients flow. Steps are then of B rows, for the population
             too, and prior_count has no use. Unequal lengths run on the reference path, uncompiled; no process_group.
-        gamma_init: initial γ. The paper's 0.1 keeps gates out of saturation; 1 makes gradients vanish.
+        gamma_init: initial γ. The paper's 0.1 keeps gradients alive over hundreds of steps; from 1 they explode with
+            orthogonal recurrent matrices, and vanish with the identity (bench/paper/README.md).
         eps: ε, added to variances.
         momentum: weight of a full batch against the running statistics, in (0, 1]; None: all rows weigh the same.
         recurrent_init: "orthogonal" or "identity", for each gate's recurrent matrix.
