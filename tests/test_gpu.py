@@ -315,7 +315,7 @@ def test_an_overfit_run_follows_the_reference(save):
     steps, batch, columns, hidden = 30, 64, 16, 128
     x = torch.randn(steps, batch, columns, device="cuda")
     target = torch.randn(steps, batch, 4, device="cuda").cumsum(0) / steps**0.5
-    exact = BNLSTM(columns, hidden, max_length=steps, device="cuda", backend="reference")
+    exact = BNLSTM(columns, hidden, max_length=steps, input_stats="time", device="cuda", backend="reference")
     rounded = copy.deepcopy(exact).bfloat16()
     rounded.backend, rounded.save = "triton", save
     curves = []
@@ -349,7 +349,8 @@ import torch
 from triton_bnlstm import BNLSTM
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for hidden, columns in ((33, 1), (100, 5)):
-        layer = BNLSTM(columns, hidden, max_length=5, cell_norm=True, bidirectional=True, backend="triton")
+        options = {"cell_norm": True, "bidirectional": True, "input_stats": ("time", "sequence")[hidden == 33]}
+        layer = BNLSTM(columns, hidden, max_length=5, backend="triton", **options)
         layer.to("cuda", dtype)
         for batch in (37, 300):  # of one tile, and walked
             x = torch.randn(6, batch, columns, device="cuda", dtype=dtype)

@@ -103,7 +103,7 @@ def made_up(worse: float) -> tuple[dict, dict]:
 )
 def test_the_summary_says_what_the_numbers_say(worse, words):
     settings, results = made_up(worse)
-    lines = [line for line in lengths_tables.tables(settings, results) if line.startswith("- plain masking")]
+    lines = [line for line in lengths_tables.tables(settings, results) if line.startswith("- plain masking, loss")]
     assert len(lines) == 1
     assert words in lines[0]
     row = next(

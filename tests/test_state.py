@@ -301,3 +301,12 @@ def test_a_cells_state(parametrized):
     later._metadata[""]["version"] = 7
     with pytest.raises(RuntimeError, match="BNLSTMCell has format 7"):
         cells[1].load_state_dict(later)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_other_input_stats_are_named(strict):
+    source, layer = make_layer(input_stats="time"), make_layer(input_stats="sequence")
+    before = plain(layer)
+    with pytest.raises(ValueError, match=r'input_stats: .* saved with input_stats="time", .* has "sequence"'):
+        layer.load_state_dict(plain(source), strict=strict)
+    assert all(torch.equal(before[name], value) for name, value in plain(layer).items())

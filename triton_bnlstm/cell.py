@@ -22,13 +22,14 @@ class BNLSTMCell(BNLSTMBase):
     """One step of one `BNLSTM` layer, for streams: nn.LSTMCell with the time step as an argument.
 
     A loop over the steps equals the layer: in evaluation for any lengths, in training for equal lengths up to
-    max_length. The cell sees one step, so it cannot know which sequences have finished (there are no phantom rows), and
-    steps past max_length are merged into the last slot one by one instead of pooled. With input_stats="sequence" it
-    can only evaluate: statistics over steps that are yet to come do not exist.
+    max_length with input_stats="time", which is the default here. The cell sees one step, so it cannot know which
+    sequences have finished (there are no phantom rows), and steps past max_length are merged into the last slot one by
+    one instead of pooled. With input_stats="sequence" it can only evaluate: statistics over steps that are yet to come
+    do not exist.
 
     Args:
         input_size, hidden_size, bias, max_length, cell_norm, input_stats, gamma_init, eps, momentum, recurrent_init,
-            forget_bias, backend, process_group, device, dtype: as for `BNLSTM`.
+            forget_bias, backend, process_group, device, dtype: as for `BNLSTM`, but for the default of input_stats.
 
     Inputs: input, hx=None, time=None
         * **input**: [B, D], or [D] unbatched.

@@ -21,7 +21,9 @@ from .transforms import exporting
 
 FINISHED = ("phantom", "frozen")
 
-NO_KERNELS = 'finished="frozen": training on unequal lengths is done on the reference path only'
+NO_KERNELS = (
+    'finished="frozen": training on unequal lengths, or with lengths on a device, is done on the reference path only'
+)
 NO_RANKS = (
     'process_group: statistics over all ranks are not made with finished="frozen" in training; set process_group=None '
     'or finished="phantom"'

@@ -34,14 +34,15 @@ class BNLSTM(BNLSTMBase):
 
     Cooijmans et al. 2016 (arXiv 1603.09025), equations (6)–(8), for each layer and direction at step t::
 
-        a_t = BN(W_hh h_{t−1}; γ_hh, slot t) + BN(W_ih x_t; γ_ih, slot t) + bias
+        a_t = BN(W_hh h_{t−1}; γ_hh, slot t) + BN(W_ih x_t; γ_ih) + bias
         i, f, g, o = σ, σ, tanh, σ of the four quarters of a_t
         c_t = f ∘ c_{t−1} + i ∘ g
         h_t = o ∘ tanh(c_t)                          with cell_norm: o ∘ tanh(BN(c_t; γ_c, β_c, slot t))
 
-    Training normalises each step by the batch's own rows; evaluation by running statistics, one slot per time step.
-    Where sequences have finished, their seats in the batch are taken by phantom rows that have the population's mean
-    and variance of that step, so that a step with one sequence left is still normalised sensibly.
+    Training normalises each step by the batch's own rows, W_ih x by those of all steps (or of each, see input_stats);
+    evaluation by running statistics, one slot per time step. Where sequences have finished, their seats in the batch
+    are taken by phantom rows that have the population's mean and variance of that step, so that a step with one
+    sequence left is still normalised sensibly.
 
     It is used as `torch.nn.LSTM` is: the first seven arguments, the shapes of inputs, outputs and states, packed
     sequences and unbatched input are nn.LSTM's. What differs: a batch has two sequences or more in training, there is
@@ -59,7 +60,8 @@ class BNLSTM(BNLSTMBase):
             sequence length.
         cell_norm: normalise the cell state on its way to the output, equation (8) of the paper.
         input_stats: one set of statistics of W_ih x over all steps of all sequences ("sequence"), which learnt better
-            on each data set that was tried (bench/paper/README.md), or one per time step ("time", as in the paper).
+            where it was tried (bench/paper/README.md), or one per time step ("time", as in the paper). In training a
+            call with `start` has the statistics of its own steps.
         prior_count: at most so many phantom rows per step. None: every vacated seat; 0: none (plain masking).
         finished: whose rows training counts in the seats of sequences that have ended: "phantom" rows, as above; or
             "frozen": their own, each with its last hidden state, its last input (with input_stats="time") and, under

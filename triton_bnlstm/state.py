@@ -86,6 +86,13 @@ def prepare(
                 f"set_max_length({saved.shape[0]}) on it, load the state_dict, then call "
                 f"set_max_length({max_length})"
             )
+        saved, own = state_dict.get(f"{prefix}mean_ih{suffix}"), getattr(layer, f"mean_ih{suffix}")
+        if isinstance(saved, Tensor) and saved.dim() == 2 and saved.shape[0] != own.shape[0]:
+            theirs, ours = ("sequence" if s.shape[0] == 1 else "time" for s in (saved, own))
+            raise ValueError(
+                f'input_stats: this state_dict was saved with input_stats="{theirs}", the layer {called} has "{ours}"; '
+                f'make it with input_stats="{theirs}"'
+            )
     missing = _missing_statistics(layer, suffixes, state_dict, prefix)
     if missing:
         raise RuntimeError(

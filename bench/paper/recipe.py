@@ -97,6 +97,7 @@ class Recipe(nn.Module):
             max_length=self.max_length,
             cell_norm=True,
             input_stats="time",
+            backend="reference",  # what it is compared with is no less exact
             eps=self.eps,
             device=self.bias.device,
             dtype=self.bias.dtype,

@@ -45,7 +45,7 @@ def settling(first: Moments, second: Moments, slots: int) -> dict[str, Any]:
         distance = torch.cat([(a - b[last]).abs() / unit, (b - a[last]).abs() / unit], 1)
         medians = distance.median(1).values
         floor = ((a - b).abs() / unit).median(1).values[slots // 2 : slots].mean().item()
-        quartiles = torch.stack([torch.quantile(distance[slot], torch.tensor(QUARTILES).double()) for slot in at])
+        quartiles = torch.stack([torch.quantile(distance[slot], distance.new_tensor(QUARTILES)) for slot in at])
         found[part] = {
             "quartiles": [[short(value, 3) for value in row] for row in quartiles.tolist()],
             "floor": short(floor),
