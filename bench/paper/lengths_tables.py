@@ -191,9 +191,9 @@ def summary(settings: Settings, results: Results) -> list[str]:
     sets = [of for of in sets_of(settings) if finals(settings, results, of)]
     units = {of: "bits per character" if of == "sentences" else "nats" for of in sets}
     lines = [
-        f'Mean test loss of {len(settings["seeds"])} seeds, input_stats="time" / "sequence", with cell norm but in '
-        "the last two rows; − is better and + worse than both rules with the same options (nn.LSTM: than the second last "
-        f'row with "sequence", the defaults), p < {LEVEL} after correction:',
+        f'Mean test loss of {len(settings["seeds"])} seeds, input_stats="time" / "sequence", with cell norm except in '
+        "the last two rows; − is better and + worse than both rules with the same options (nn.LSTM: than the second "
+        f'last row with "sequence", the defaults), p < {LEVEL} after correction:',
         "",
         "| a step's statistics are made of | " + " | ".join(f"{SHORT[of]}, {units[of]}" for of in sets) + " |",
         "|:--|" + "--:|" * len(sets),
