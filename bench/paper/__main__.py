@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
             from . import report
 
             return report.main(arguments.out or OUT, arguments.check)
+        if arguments.check:
+            made.error("--check goes with report")
         return _run(made, arguments, argv)
     except ModuleNotFoundError as error:
         print(f"bench.paper: the package {error.name!r} is missing; run: pip install -e '.[paper]'", file=sys.stderr)
@@ -122,6 +124,7 @@ def _run(made: argparse.ArgumentParser, arguments: argparse.Namespace, argv: lis
             "processes": processes,
         }
     )
+    record.write()  # before any work, so that a folder that cannot be written is noticed
     console = Console()
     known = len(record.results)
     console.print(f"{experiment.TITLE}; size {size}: {record.settings['about']}", highlight=False, markup=False)

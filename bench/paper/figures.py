@@ -64,7 +64,7 @@ def is_drawn(record: Record) -> bool:
 def show(record: Record, console: Console) -> None:
     """Print the tables, and write them and the plot."""
     text = tables(record)
-    console.print(text, highlight=False, markup=False)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
     path = record.path.with_suffix(".md")
     path.write_text(text, encoding="utf-8")
     drawn = draw(record)

@@ -17,7 +17,7 @@ LSTM = "#2b8a3e"
 def figure(settings: Settings, results: Results, note: str) -> Figure:
     """Test loss of every formulation, all sequences above and the longest tenth below; each seed is a dot."""
     sets = [of for of in sets_of(settings) if finals(settings, results, of)]
-    drawn = Figure(figsize=(3.1 * max(1, len(sets)) + 1.4, 7.2), dpi=130, layout="constrained")
+    drawn = Figure(figsize=(max(9.0, 3.1 * len(sets) + 1.4), 7.2), dpi=130, layout="constrained")
     grid = drawn.subplots(2, max(1, len(sets)), squeeze=False, sharey=True)
     for column, of in enumerate(sets):
         for row, what in enumerate(("loss", "long_loss")):
@@ -53,7 +53,7 @@ def _panel(axes: Axes, settings: Settings, results: Results, of: str, what: str)
         mean = fmean(scale(of) * v for v in values(lstm, what))
         axes.axvline(mean, color=LSTM, linestyle="--", linewidth=1.3, label="nn.LSTM, mean")
     axes.set_yticks(
-        range(len(names)), [f"{name} (ours)" if name == OURS else name for name in reversed(names)], fontsize=9
+        range(len(names)), [f"{name} (default)" if name == OURS else name for name in reversed(names)], fontsize=9
     )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")

@@ -61,8 +61,9 @@ def run(name: str, record: Record, device: str, processes: int, console: Console
                 while pending := _pending(experiment.jobs(settings, record.results), record):
                     _run_all(name, pending, record, device, pool, reports, bar)
             except BaseException:
+                at_work = list((pool._processes or {}).values())  # shutdown forgets them
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in list((pool._processes or {}).values()):
+                for process in at_work:
                     process.terminate()  # what it was at will be done anew
                 raise
 
