@@ -73,12 +73,7 @@ SIZES: dict[str, Settings] = {
 
 LOOKS = 20  # evaluations on the validation part in a run
 # of a step on a CPU, about: for the progress bar
-_COST = {
-    "LSTM": 1.0,
-    "BN-LSTM": 3.0,
-    "BN-LSTM, cell norm": 3.3,
-    SEQUENCE: 3.0,
-}  # of a step on a CPU, about: for the progress bar
+_COST = {"LSTM": 1.0, "BN-LSTM": 3.0, "BN-LSTM, cell norm": 3.3, SEQUENCE: 3.0}
 
 
 def _models(task: str) -> tuple[str, ...]:

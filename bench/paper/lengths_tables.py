@@ -36,7 +36,6 @@ NAMES = {
     "padding counted": "all sequences, padding read as if it were data",
     "plain masking": "sequences that are left (plain masking)",
 }
-SHORT_NAMES = {"both rules": "both rules", "frozen rows": "frozen rows"}
 OURS = "both rules"
 LEVEL = 0.05
 
@@ -68,11 +67,6 @@ def values(scores: list[dict[str, Any]], what: str, kind: str = "merged", part: 
 def scale(of: str) -> float:
     """Nats, but bits per character for text."""
     return 1 / math.log(2) if of == "sentences" else 1.0
-
-
-def label(key: Key) -> str:
-    """A variant's name."""
-    return key[0]
 
 
 def compared(found: dict[Key, list[dict[str, Any]]], what: str = "loss") -> dict[Key, Paired]:
@@ -213,7 +207,7 @@ def summary(settings: Settings, results: Results) -> list[str]:
                     mean = fmean(scale(of) * v for v in values(found[key], "loss"))
                     means.append(f"{mean:.3f}{_mark(against.get(key))}")
             cells.append(" / ".join(means) or "–")
-        without = "" if cell or name == "LSTM" else f"{SHORT_NAMES[name]}, without cell norm"
+        without = "" if cell or name == "LSTM" else f"{name}, without cell norm"
         lines.append(f"| {without or NAMES.get(name, name)} | " + " | ".join(cells) + " |")
     return lines
 
