@@ -20,6 +20,7 @@ from triton_bnlstm import estimate_statistics
 from . import data, learning
 from .experiment import Job, Report, Results, Settings
 from .numbers import paired, rounded, shown, spread
+from .seeds import middle
 
 TITLE = "Convergence: LSTM against BN-LSTM"
 MODELS = ("LSTM", "BN-LSTM", "BN-LSTM, cell norm")
@@ -222,16 +223,13 @@ def _table(
         f"*{TITLES[task]}*: {len(runs['LSTM'])} seeds, {of['steps']} steps of {of['batch']} sequences, "
         f"H = {of['hidden']}",
         "",
-        f"| model | rate | {unit} | {other} | steps to LSTM's final validation loss |",
+        f"| model | rate | {unit} | {other} | steps to LSTM's final validation loss, median (range) |",
         "|:--|--:|--:|--:|--:|",
     ]
     losses = {model: [scale * _test(run, "loss") for run in found] for model, found in runs.items()}
     for model, found in runs.items():
         reached = [steps_to(run["curve"], target) for run in found]
-        there = [step for step in reached if step is not None]
-        steps = f"{fmean(there):.0f}" if there else "never"
-        if there and len(there) < len(found):
-            steps += f" ({len(there)} of {len(found)} seeds)"
+        steps = middle(reached)
         accuracy = spread([100 * _test(run, "accuracy") for run in found], 1)
         rate = best_rate(settings, results, task, model)
         lines.append(f"| {model} | {rate:g} | {spread(losses[model])} | {accuracy} | {steps} |")

@@ -35,7 +35,7 @@ def note(record: Record) -> str:
 def tables(record: Record) -> str:
     """All of them, in Markdown."""
     experiment = load(record.content["experiment"])
-    done = f"{len(record.results)} runs, {record.seconds / 3600:.1f} hours of computing"
+    done = f"{len(record.results)} runs, {record.seconds / 3600:.1f} hours of their time beside other work"
     head = [f"**{experiment.TITLE}** ({note(record)}; {done})", "", f"Size: {record.settings['about']}", ""]
     return "\n".join([*head, *experiment.tables(record.settings, record.results)]) + "\n"
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .experiment import Job, Report, Results, Settings
 from .gradient_flow_told import LOST, MODELS, NORMALISED, STARTS, TITLE, figure, summary, tables
 from .gradients import Case, measure, positions_of, slope
+from .seeds import short
 
 __all__ = ["SIZES", "TITLE", "figure", "jobs", "run", "summary", "tables"]
 
@@ -76,4 +77,4 @@ def of_seed(norm: Tensor) -> dict[str, Any]:
 
 
 def _short(number: float) -> float:
-    return float(f"{number:.4g}")
+    return short(number, 4)

@@ -113,10 +113,3 @@ class Recipe(nn.Module):
             layer.get_buffer(f"count_{norm}_l0").fill_(1)  # all slots alike, so that none inherits from another
         layer.train(self.training)
         return layer
-
-    @torch.no_grad()
-    def take_statistics(self, layer: BNLSTM) -> None:
-        """Put the statistics that a layer of the library uses in the place of the moving averages."""
-        for norm, moments in layer.statistics(resolved=True).items():
-            self.get_buffer(f"mean_{norm}").copy_(moments.mean)
-            self.get_buffer(f"var_{norm}").copy_(moments.var)
